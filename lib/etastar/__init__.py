@@ -1,0 +1,32 @@
+"""etastar (η*, the optimal learning rate): re-tests what the learning-rate papers claim, on your own hardware."""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "recipe": ("Recipe", "Model", "Corpus", "AdamW", "SP", "Execution"),
+    "schedules": ("Constant", "Cosine", "WSD", "LinearToZero", "MultiStep", "InverseSqrt", "Power", "Branch", "Table"),
+    "torch_schedule": ("to_lambda_lr",),
+    "observe": ("Observe",),
+    "engine.execute": ("run",),
+    "engine.run": ("Run",),
+    "analysis.bowl": ("fit_bowl", "Bowl", "EdgeOptimum"),
+    "analysis.paired": ("compare",),
+    "analysis.claims": ("verdicts",),
+}
+_HOME = {name: module for module, names in _PUBLIC.items() for name in names}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str):
+    """Public names are imported when first used, so that `import etastar` is quick and pulls in no torch."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'etastar' has no attribute {name!r}")
+    found = getattr(importlib.import_module(f"etastar.{_HOME[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__():
+    return __all__

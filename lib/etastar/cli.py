@@ -1,0 +1,204 @@
+"""The `etastar` command: doctor, plan, run, runs, reproduce, branch, report."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+PRESETS = ("auto", "smoke", "cpu", "night", "gpu", "paper")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry of the `etastar` command; returns the exit status."""
+    options = _parser().parse_args(argv)
+    try:
+        return options.act(options) or 0
+    except KeyboardInterrupt:
+        print("\nstopped; finished runs and the state of running ones are kept, the same command goes on", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, RuntimeError, FileNotFoundError) as error:
+        if options.traceback:
+            raise
+        print(f"etastar: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="etastar", description="Re-test what the learning-rate papers claim, on this machine.")
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="machine-readable output")
+    common.add_argument("--store", default="runs", help="folder of the runs (default: runs)")
+    budget = argparse.ArgumentParser(add_help=False)
+    budget.add_argument("--preset", choices=PRESETS, default="auto", help="how much to spend (default: auto)")
+    budget.add_argument("--minutes", type=float, help="spend about this long in place of the preset's own time")
+    layout = argparse.ArgumentParser(add_help=False)
+    layout.add_argument("--device", choices=("cpu", "cuda"), help="where to train (default: what the preset says)")
+    layout.add_argument("--workers", type=int, help="worker processes (default: one a core)")
+    layout.add_argument("--slots", type=int, help="runs a worker trains in step (default: 1 on a CPU)")
+
+    verb = verbs.add_parser("doctor", parents=[common], help="what this machine has and how runs will be executed")
+    verb.set_defaults(act=_doctor)
+
+    verb = verbs.add_parser("plan", parents=[common, budget, layout], help="what a study or a file of recipes will cost")
+    verb.add_argument("what", help="a study's name or a JSON file holding recipes")
+    verb.add_argument("--resolve", type=float, metavar="NATS", help="seeds and minutes needed to resolve this difference")
+    verb.add_argument("--parameters", action="store_true", help="print the parametrization as a table")
+    verb.add_argument("--no-measure", dest="measure", action="store_false", help="do not time this machine")
+    verb.set_defaults(act=_plan)
+
+    verb = verbs.add_parser("run", parents=[common, budget, layout], help="train a study's runs or a file of recipes")
+    verb.add_argument("what", help="a study's name or a JSON file holding recipes")
+    verb.set_defaults(act=_run)
+
+    verb = verbs.add_parser("runs", parents=[common], help="look at, clean up or export a store")
+    verb.add_argument("do", choices=("list", "show", "gc", "export"))
+    verb.add_argument("run_id", nargs="?", help="for show: the run; for export: a .csv or .parquet file to write")
+    verb.add_argument("--states", action="store_true", help="gc: drop the shared states too (runs stay)")
+    verb.add_argument("--damaged", action="store_true", help="gc: set damaged runs and states aside")
+    verb.set_defaults(act=_runs)
+
+    verb = verbs.add_parser("reproduce", parents=[common, budget], help="run the notebooks of one study or all; write the report")
+    verb.add_argument("--study", default="all", help="a study's name, or all (default)")
+    verb.add_argument("--results", default="results", help="folder of the results (default: results)")
+    verb.set_defaults(act=_reproduce)
+
+    verb = verbs.add_parser("branch", parents=[common, layout], help="continue a run from any point under another schedule")
+    verb.add_argument("run_id")
+    verb.add_argument("--at-tokens", type=int, required=True, help="leave the run after this many tokens")
+    verb.add_argument("--schedule", required=True, help='JSON of a schedule over the rest, as {"kind": "WSD", "cooldown_fraction": 1}')
+    verb.add_argument("--horizon-tokens", type=int, required=True, help="tokens in all at the end of the branch")
+    verb.add_argument("--peak-lr", type=float, help="peak of the new schedule (default: the rate at the branch point)")
+    verb.set_defaults(act=_branch)
+
+    verb = verbs.add_parser("report", parents=[common, budget], help="write the HTML report of a preset's results again")
+    verb.add_argument("--results", default="results", help="folder of the results (default: results)")
+    verb.set_defaults(act=_report)
+    return parser
+
+
+def _doctor(options):
+    from etastar.doctor import doctor, format_doctor
+
+    found = doctor(options.store)
+    print(json.dumps(found, indent=1) if options.json else format_doctor(found))
+
+
+def _recipes(options):
+    """Recipes of a study at a preset, or of a JSON file: a list of recipes."""
+    path = Path(options.what)
+    if path.suffix == ".json":
+        from etastar.recipe import Recipe
+
+        if not path.exists():
+            raise ValueError(f"no file {path}")
+        body = json.loads(path.read_text())
+        return [Recipe.from_json(item) for item in (body if isinstance(body, list) else [body])]
+    from etastar.studies import find_study, resolve_preset
+
+    study = find_study(options.what)
+    return study.recipes(resolve_preset(options.preset), minutes=options.minutes)
+
+
+def _plan(options):
+    from etastar.engine.execute import prepare_sweep
+    from etastar.engine.speed import cost
+
+    recipes = _recipes(options)
+    if options.parameters:
+        from etastar.model.parametrization import as_table
+
+        table = as_table(recipes[0])
+        print(table.to_json(orient="records", indent=1) if options.json else table.to_string())
+        return
+    sweep = prepare_sweep(recipes, options.store, options.device)
+    told = cost(sweep, options.workers, options.slots, measure=options.measure)
+    body = {name: getattr(told, name) for name in told.__dataclass_fields__}
+    tables = {}
+    if Path(options.what).suffix != ".json":
+        from etastar.studies import find_study, resolve_preset
+
+        study, preset = find_study(options.what), resolve_preset(options.preset)
+        tables["power"] = study.power(preset, minutes=options.minutes)
+        if options.resolve:
+            tables["resolve"] = study.resolve(preset, options.resolve, told)
+    if options.json:
+        print(json.dumps(body | {name: json.loads(t.to_json(orient="records")) for name, t in tables.items()}, indent=1))
+        return
+    print(told)
+    for name, table in tables.items():
+        print(f"\n{name}\n{table.to_string(index=False)}")
+
+
+def _run(options):
+    from etastar.engine.execute import run
+
+    done = run(_recipes(options), store=options.store, device=options.device, workers=options.workers, slots=options.slots)
+    rows = [{"run_id": r.run_id, "status": r.status, "val_loss": None if r.status == "diverged" else r.val_loss} for r in done]
+    if options.json:
+        print(json.dumps(rows, indent=1))
+    else:
+        print(f"{len(rows)} runs in {options.store}, {sum(r['status'] == 'diverged' for r in rows)} diverged")
+
+
+def _runs(options):
+    from etastar.engine.run import open_run
+    from etastar.engine.store import Store
+
+    store = Store(options.store)
+    if options.do == "gc":
+        done = store.collect_garbage(states=options.states, damaged=options.damaged)
+        print("\n".join(done) or "nothing to remove")
+    elif options.do == "show":
+        if not options.run_id:
+            raise ValueError("runs show needs a run id; `etastar runs list` names them")
+        found = open_run(store, options.run_id)
+        print(json.dumps(found.summary | {"recipe": json.loads(found.recipe.to_json())}, indent=1))
+    else:
+        table = store.table()
+        if options.do == "export":
+            _export(table, options.run_id)
+        elif options.json:
+            print(table.to_json(orient="records", indent=1))
+        else:
+            shown = [c for c in ("run_id", "status", "val_loss", "peak_lr", "horizon_tokens", "seed", "schedule") if c in table]
+            print(table[shown].to_string(index=False) if len(table) else f"no finished runs in {store.path}")
+
+
+def _export(table, path):
+    if path is None or Path(path).suffix not in (".csv", ".parquet"):
+        raise ValueError(f"runs export needs a file that ends in .csv or .parquet; got {path!r}")
+    table.to_csv(path, index=False) if path.endswith(".csv") else table.to_parquet(path, index=False)
+    print(f"{len(table)} runs written to {path}")
+
+
+def _branch(options):
+    from etastar.engine.execute import run
+    from etastar.engine.run import open_run
+    from etastar.engine.store import Store
+    from etastar.values import decode
+
+    trunk = open_run(Store(options.store), options.run_id)
+    recipe = trunk.branch_recipe(at_tokens=options.at_tokens, schedule=decode(json.loads(options.schedule)),
+                                 horizon_tokens=options.horizon_tokens, peak_lr=options.peak_lr)
+    done = run([recipe], store=options.store, device=options.device, workers=options.workers, slots=options.slots)[0]
+    print(json.dumps({"run_id": done.run_id, "status": done.status, "val_loss": done.summary["val_loss"]})
+          if options.json else f"{done.run_id}: {done.status}, validation loss {done.val_loss:.4f} nats per token")
+
+
+def _reproduce(options):
+    from etastar.reproduce import reproduce
+
+    return reproduce(options.preset, options.study, options.minutes, Path(options.store), Path(options.results))
+
+
+def _report(options):
+    from etastar.report import write_report
+    from etastar.studies import resolve_preset
+
+    print(write_report(Path(options.results) / resolve_preset(options.preset)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,350 @@
+"""Running a sweep: check everything that can be known, plan, hand segments to workers, show progress, collect runs."""
+
+import dataclasses
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections import deque
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from etastar.engine import run as runs
+from etastar.engine.plan import Node, Segment, build_segments, critical_order
+from etastar.engine.slots import stack_key
+from etastar.engine.store import Store, StoreError
+from etastar.engine.worker import Task, Worker
+from etastar.observe import Observe
+from etastar.recipe import Execution, Recipe
+from etastar.text.batches import check_fits
+from etastar.text.corpora import prepare
+
+STATES_A_SEGMENT = 4  # parameters, two moments and a run's own model: float32 copies written to disk
+
+
+class WorkerFailed(RuntimeError):
+    """A worker process ended with an error; the message holds the last lines it wrote."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """Recipes resolved for a device, with what the store lacks of them: the whole of what `run` is about to do."""
+
+    recipes: tuple[Recipe, ...]
+    finished: dict[str, runs.Run]
+    segments: list[Segment]
+    diverged: frozenset[tuple[str, str]]
+    store: Store
+    observe: Observe
+
+    @property
+    def missing(self) -> dict[str, Recipe]:
+        """Recipes without a finished run, by id."""
+        return {r.run_id: r for r in self.recipes if r.run_id not in self.finished}
+
+
+def prepare_sweep(recipes, store="runs", device=None, observe=None) -> Sweep:
+    """Resolve recipes for a device and compare them with a store; raises for whatever can be known to fail.
+
+    Device None means what the recipes say, or "cuda" for all of them where a GPU is present and they say nothing else.
+    """
+    if not recipes:
+        raise ValueError("no recipes to run; a study's recipes(preset) or a list of etastar.Recipe is needed")
+    observe = observe or Observe()
+    resolved = tuple(resolve(recipe, device) for recipe in recipes)
+    store = Store(store)
+    store.check_corpora(resolved)
+    for recipe in {stack_key(r) + str(r.horizon_tokens): r for r in resolved}.values():
+        check_fits(prepare(recipe.corpus), recipe)
+    finished, metas = {}, {}
+    for recipe in {r.run_id: r for r in resolved}.values():
+        found = runs.read_run(store, recipe, observe)
+        if found is not None:
+            finished[recipe.run_id] = found
+
+    def stored(trunk):
+        metas.setdefault(trunk, store.stored_nodes(trunk, observe))
+        return {name: meta["step"] for name, meta in metas[trunk].items()}
+
+    segments = build_segments([r for r in resolved if r.run_id not in finished], stored)
+    diverged = frozenset((trunk, name) for trunk, found in metas.items() for name, meta in found.items()
+                         if meta["diverged_at"] is not None)
+    return Sweep(resolved, finished, segments, diverged, store, observe)
+
+
+def resolve(recipe: Recipe, device: str | None) -> Recipe:
+    """The recipe as it is computed on a device; ValueError where the device is not there."""
+    if device is not None and device != recipe.execution.device:
+        recipe = recipe.replace(execution=dataclasses.replace(recipe.execution, device=device))
+    if recipe.execution.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError('device "cuda" was asked for but torch sees no GPU; use device="cpu" or install a CUDA build of torch')
+    return recipe
+
+
+def run(recipes, store="runs", backend="local", device=None, workers=None, observe=None, slots=None, progress=True,
+        snapshot_seconds=60.0) -> list[runs.Run]:
+    """Train what the store lacks of these recipes and return their runs in order.
+
+    `backend` "local" uses `workers` one-thread processes (default: one a core; on a GPU one process with a stack),
+    "inline" this process. `slots` is the stack a worker trains in step (default 1 on a CPU). `observe` says what to look at
+    on the way. Finished runs are not run again; an interrupted sweep goes on where it was.
+    Raises ValueError (StoreError, Damaged) before training for what can be known, WorkerFailed where a worker died.
+    """
+    if backend not in ("local", "inline"):
+        raise ValueError(f'unknown backend {backend!r}; known: "local" (worker processes), "inline" (this process)')
+    sweep = prepare_sweep(recipes, store, device, observe)
+    if sweep.segments:
+        sweep.store.prepare(disk_bytes(sweep))
+        with sweep.store.locked():
+            sweep.store.remember_corpora(sweep.recipes)
+            workers, slots = default_layout(sweep, workers, slots)
+            dispatch = Dispatch(sweep, workers * slots)
+            with tqdm(total=dispatch.tokens, unit="tok", unit_scale=True, disable=not progress, smoothing=0.05,
+                      desc=f"{len(sweep.missing)} runs", mininterval=0.5) as bar:
+                dispatch.bar = bar
+                if backend == "inline":
+                    _run_inline(dispatch, slots, snapshot_seconds)
+                else:
+                    _run_processes(dispatch, workers, slots, snapshot_seconds)
+    return [sweep.finished.get(r.run_id) or runs.read_run(sweep.store, r, sweep.observe) for r in sweep.recipes]
+
+
+def default_layout(sweep: Sweep, workers: int | None, slots: int | None) -> tuple[int, int]:
+    """(workers, slots): one-thread processes on a CPU, one process with a stack on a GPU; never more than there is work."""
+    if (workers is not None and workers < 1) or (slots is not None and slots < 1):
+        raise ValueError(f"workers and slots must be at least 1; got workers={workers}, slots={slots}")
+    first = sweep.segments[0].recipe
+    if first.execution.device == "cuda":
+        return workers or 1, slots or max(1, min(64, 2048 // first.model.width, len(sweep.segments)))
+    return min(workers or cores(), len(sweep.segments)), slots or 1
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def disk_bytes(sweep: Sweep) -> int:
+    """Bytes the missing states, models and curves will take."""
+    from etastar.model.parametrization import count_parameters
+
+    total = 0
+    for segment in sweep.segments:
+        params = count_parameters(segment.recipe.model, segment.recipe.corpus.vocab)["total"]
+        total += params * 4 * STATES_A_SEGMENT + (segment.stop - segment.start) * 40 + 20_000
+    return total
+
+
+class Dispatch:
+    """Which segment is next: those whose parent is stored, longest remaining path first."""
+
+    def __init__(self, sweep: Sweep, lanes: int):
+        self.sweep, self.lanes, self.bar = sweep, lanes, None
+        self.recipes = {recipe.run_id: recipe for recipe in sweep.recipes}
+        order = critical_order(sweep.segments, {s.node.id: s.tokens for s in sweep.segments})
+        self.produced = {(s.node.trunk, s.node.id) for s in order if s.start < s.stop}
+        self.done: set[tuple[str, str]] = set()
+        self.diverged = set(sweep.diverged)
+        self.ready: deque[Segment] = deque()
+        self.blocked: list[Segment] = list(order)
+        self.left = len(order)
+        self.tokens = sum(s.tokens for s in order)
+        self._unblock()
+
+    def take(self, free: int) -> list[Task]:
+        """Up to `free` tasks, fewer when nothing is ready."""
+        return [self._task(self.ready.popleft()) for _ in range(min(free, len(self.ready)))]
+
+    def give_back(self, tasks: list[Task]) -> None:
+        """Tasks of a worker that died go to the front again."""
+        by_node = {(s.node.trunk, s.node.id, s.start): s for s in self.sweep.segments}
+        for task in tasks:
+            start = task.parent.step if task.parent else 0
+            self.ready.appendleft(by_node[task.node.trunk, task.node.id, start])
+
+    def progress(self, tokens: int) -> None:
+        """Move the bar."""
+        self.bar.update(tokens)
+
+    def finished(self, trunk: str, node_id: str, diverged: bool) -> None:
+        """A segment ended; what stood on it may start, or has diverged with it."""
+        self.left -= 1
+        self.done.add((trunk, node_id))
+        if diverged:
+            self.diverged.add((trunk, node_id))
+        self._unblock()
+
+    def _unblock(self) -> None:
+        changed = True
+        while changed:
+            changed, waiting = False, []
+            for segment in self.blocked:
+                parent = segment.parent and (segment.parent.trunk, segment.parent.id)
+                if parent in self.diverged:
+                    self._give_up(segment)
+                    changed = True
+                elif parent is None or parent in self.done or parent not in self.produced or segment.parent == segment.node:
+                    self.ready.append(segment)
+                else:
+                    waiting.append(segment)
+            self.blocked = waiting
+
+    def _give_up(self, segment: Segment) -> None:
+        """All runs that pass through a diverged state have diverged with it."""
+        parent, store = segment.parent, self.sweep.store
+        self.diverged.add((segment.node.trunk, segment.node.id))
+        for run_id in segment.ends:
+            recipe = self.recipes[run_id]
+            end = self._last_state(parent)
+            runs.write_run(store, recipe, end, self.sweep.observe, prepare(recipe.corpus).vocab)
+        self.left -= 1
+        self.bar and self.bar.update(segment.tokens)
+
+    def _last_state(self, node: Node) -> Node:
+        while self.sweep.store.node_meta(node) is None:
+            node = next(s.parent for s in self.sweep.segments if s.node == node and s.start < s.stop)
+        return node
+
+    def _task(self, segment: Segment) -> Task:
+        return Task(segment.recipe, segment.parent, segment.node, tuple(self.recipes[i] for i in segment.ends))
+
+
+def _run_inline(dispatch: Dispatch, slots: int, snapshot_seconds: float) -> None:
+    """Train in this process, on one thread: what a worker process does, bit for bit."""
+    worker = Worker(dispatch.sweep.store, slots, dispatch.sweep.observe, snapshot_seconds)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+
+    def take(free, wait):
+        tasks = dispatch.take(free)
+        if wait and dispatch.left and not tasks:
+            raise RuntimeError(f"{dispatch.left} segments left but none can start")
+        return tasks if dispatch.left else None
+
+    def report(body):
+        _apply(dispatch, body)
+
+    try:
+        worker.work(take, report)
+    except KeyboardInterrupt:
+        worker._park()
+        raise
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_flush_denormal(False)
+
+
+def _apply(dispatch: Dispatch, body: dict) -> None:
+    if "tokens" in body:
+        dispatch.progress(body["tokens"])
+    if "node" in body:
+        dispatch.finished(body["trunk"], body["node"], body["diverged"])
+    if "error" in body:
+        raise WorkerFailed(body["error"])
+
+
+def one_thread_environment() -> dict[str, str]:
+    """Environment of a one-thread process that imports this very package."""
+    one_thread = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    here = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, **one_thread, "PYTHONPATH": here}
+
+
+class WorkerProcess:
+    """A worker in its own one-thread process, spoken to by JSON lines."""
+
+    def __init__(self, number: int, store: Store, slots: int, observe: Observe, snapshot_seconds: float, inbox: queue.Queue):
+        self.slots, self.tasks = slots, []
+        self.log = store.path / ".logs" / f"worker-{number}.log"
+        self.log.parent.mkdir(exist_ok=True)
+        config = {"store": str(store.path), "slots": slots, "threads": 1, "val_every_tokens": observe.val_every_tokens,
+                  "snapshot_seconds": snapshot_seconds}
+        with open(self.log, "w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "etastar.engine.worker", json.dumps(config)], stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE, stderr=log, text=True, bufsize=1, env=one_thread_environment())
+        threading.Thread(target=self._read, args=(inbox,), daemon=True).start()
+
+    def _read(self, inbox: queue.Queue) -> None:
+        for line in self.process.stdout:
+            inbox.put((self, line))
+        inbox.put((self, None))
+
+    def send(self, tasks: list[Task]) -> None:
+        """Hand over tasks."""
+        for task in tasks:
+            self.tasks.append(task)
+            self.process.stdin.write(json.dumps(task.to_json()) + "\n")
+        self.process.stdin.flush()
+
+    def close(self) -> None:
+        """Tell the worker to save and leave, and wait for it."""
+        if self.process.stdin and not self.process.stdin.closed:
+            try:
+                self.process.stdin.close()
+            except BrokenPipeError:
+                pass
+        try:
+            self.process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def last_words(self) -> str:
+        """The end of the worker's log."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        return "\n".join(lines[-12:]) or "(it wrote nothing)"
+
+
+def _run_processes(dispatch: Dispatch, workers: int, slots: int, snapshot_seconds: float) -> None:
+    """Keep worker processes busy until nothing is left; a worker that dies is replaced, three times at most."""
+    sweep, replaced = dispatch.sweep, 0
+    inbox: queue.Queue = queue.Queue()
+
+    def start(number):
+        return WorkerProcess(number, sweep.store, slots, sweep.observe, snapshot_seconds, inbox)
+
+    pool = [start(n) for n in range(workers)]
+    try:
+        while dispatch.left:
+            for worker in pool:
+                _feed(dispatch, worker)
+            worker, line = inbox.get()
+            if line is not None:
+                _hear(dispatch, worker, json.loads(line))
+                continue
+            worker.close()
+            replaced += 1
+            if replaced > 3:
+                raise WorkerFailed(f"worker processes keep dying (exit status {worker.process.returncode}); the last wrote:\n"
+                                   f"{worker.last_words()}\nFinished runs are kept; run again to go on.")
+            dispatch.give_back(worker.tasks)
+            pool[pool.index(worker)] = start(workers + replaced)
+    finally:
+        for worker in pool:
+            worker.close()
+
+
+def _feed(dispatch: Dispatch, worker: WorkerProcess) -> None:
+    free = worker.slots - len(worker.tasks)
+    if free and (tasks := dispatch.take(free)):
+        try:
+            worker.send(tasks)
+        except BrokenPipeError:  # it died; its end of the other pipe says so next
+            pass
+
+
+def _hear(dispatch: Dispatch, worker: WorkerProcess, body: dict) -> None:
+    if "error" in body:
+        if "No space left" in body["error"] or "Read-only" in body["error"]:
+            raise StoreError(f"the store {dispatch.sweep.store.path} cannot be written: {body['error']}; finished runs are kept, "
+                             "make room and run again")
+        raise WorkerFailed(f"{body['error']}\nFinished runs are kept; the worker wrote:\n{worker.last_words()}")
+    if "node" in body:
+        worker.tasks = [t for t in worker.tasks if (t.node.trunk, t.node.id) != (body["trunk"], body["node"])]
+    _apply(dispatch, body)

@@ -1,0 +1,237 @@
+"""A worker: trains segments in the slots of one stack and puts what it made into the store.
+
+Run as `python -m etastar.engine.worker CONFIG`, it reads tasks as JSON lines from standard input and reports on standard
+output; when its input ends, because the sweep was stopped or its parent died, it saves where it stands and leaves.
+"""
+
+import dataclasses
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+
+import numpy as np
+
+from etastar.engine import run as runs
+from etastar.engine.checkpoint import split_state, state_tensors, tensor_bytes
+from etastar.engine.plan import Node, prefix_hash
+from etastar.engine.slots import SlotStack, stack_key
+from etastar.engine.store import Store
+from etastar.observe import Observe
+from etastar.recipe import Recipe
+from etastar.text.corpora import prepare
+
+POLL_SECONDS = 0.4  # how long a worker trains between looks at its input
+
+
+@dataclasses.dataclass
+class Task:
+    """One segment as a worker gets it; `ends` are the recipes whose runs end with it."""
+
+    recipe: Recipe
+    parent: Node | None
+    node: Node
+    ends: tuple[Recipe, ...]
+
+    def to_json(self) -> dict:
+        """For the pipe to a worker process."""
+        return {"recipe": self.recipe.to_json(), "parent": self.parent and dataclasses.astuple(self.parent),
+                "node": dataclasses.astuple(self.node), "ends": [recipe.to_json() for recipe in self.ends]}
+
+    @staticmethod
+    def from_json(body: dict) -> "Task":
+        """What `to_json` wrote."""
+        return Task(Recipe.from_json(body["recipe"]), Node(*body["parent"]) if body["parent"] else None,
+                    Node(*body["node"]), tuple(Recipe.from_json(text) for text in body["ends"]))
+
+
+class Job:
+    """A task in a slot: where it stands and the curve since the state it can be resumed from."""
+
+    def __init__(self, task: Task):
+        self.task, self.lr = task, task.recipe.lr()
+        self.saved = task.parent
+        self.step = self.saved_step = task.parent.step if task.parent else 0
+        self.losses, self.norms, self.val_loss = [], [], {}
+        self.saved_at = time.monotonic()
+
+    def frame(self):
+        """The curve since `saved`."""
+        losses, norms = (np.concatenate([np.empty(0, np.float32), *parts]) for parts in (self.losses, self.norms))
+        return runs.curve_frame(self.task.recipe, self.saved_step, self.lr[self.saved_step : self.saved_step + len(losses)],
+                                losses, norms, self.val_loss)
+
+    def here(self) -> Node:
+        """The node of the state after `step` steps."""
+        return Node(self.task.node.trunk, self.step, prefix_hash(self.lr[: self.step]).hexdigest()[:16])
+
+
+class Worker:
+    """The slots of one process. `take(free, wait)` gives tasks (None: stop); `report(body)` tells what happened."""
+
+    def __init__(self, store: Store, slots: int, observe: Observe, snapshot_seconds: float = 60.0):
+        self.store, self.slots, self.observe, self.snapshot_seconds = store, slots, observe, snapshot_seconds
+        self.jobs: list[Job | None] = [None] * slots
+        self.waiting: list[Task] = []
+        self.stack: SlotStack | None = None
+        self.chunk_steps = 4
+
+    @property
+    def busy(self) -> bool:
+        """Whether any slot is training."""
+        return any(self.jobs)
+
+    def work(self, take, report) -> None:
+        """Train what `take` gives until it gives None; then save where every slot stands."""
+        while True:
+            tasks = take(self.jobs.count(None) - len(self.waiting), not self.busy and not self.waiting)
+            if tasks is None:
+                return self._park()
+            self.waiting += tasks
+            self._fill(report)
+            if self.busy:
+                self._advance(report)
+
+    def _fill(self, report) -> None:
+        while self.waiting and None in self.jobs:
+            task = self.waiting[0]
+            if self.stack is None or self.stack.key != stack_key(task.recipe):
+                if self.busy:
+                    return
+                self.stack = SlotStack(task.recipe, prepare(task.recipe.corpus), self.slots)
+                self.chunk_steps = 4
+            self.waiting.pop(0)
+            slot = self.jobs.index(None)
+            self.stack.load(slot, task.recipe, split_state(self.store.node_state(task.parent)) if task.parent else None)
+            self.jobs[slot] = Job(task)
+            if task.parent == task.node:  # the state was there already, only its run has to be written
+                self._look(slot, self.jobs[slot], report)
+
+    def _advance(self, report) -> None:
+        """Train all slots up to the next thing to do for any of them, or for about POLL_SECONDS."""
+        busy = [(slot, job) for slot, job in enumerate(self.jobs) if job]
+        steps = min([self.chunk_steps, *(self._steps_to_event(job) for _, job in busy)])
+        lr_MxS = np.zeros((self.slots, steps))
+        for slot, job in busy:
+            lr_MxS[slot] = job.lr[job.step : job.step + steps]
+        began = time.monotonic()
+        losses_MxS, norms_MxS = self.stack.train(lr_MxS)
+        self.chunk_steps = max(1, min(10_000, int(steps * POLL_SECONDS / (time.monotonic() - began))))
+        for slot, job in busy:
+            job.losses.append(losses_MxS[slot])
+            job.norms.append(norms_MxS[slot])
+            job.step += steps
+            self._look(slot, job, report)
+        report({"steps": steps * len(busy), "tokens": sum(steps * job.task.recipe.batch_tokens for _, job in busy)})
+
+    def _steps_to_event(self, job: Job) -> int:
+        batch_tokens = job.task.recipe.batch_tokens
+        ahead = range(job.step + 1, min(job.task.node.step, job.step + self.chunk_steps) + 1)
+        due = (step for step in ahead if step == job.task.node.step or self.observe.val_due(step, batch_tokens))
+        return next(due, self.chunk_steps + job.step) - job.step
+
+    def _look(self, slot: int, job: Job, report) -> None:
+        """Validate, save, finish or give up a slot after a stretch of training."""
+        if not self.stack.is_alive(slot):
+            return self._finish(slot, job, report, diverged=True)
+        done = job.step == job.task.node.step
+        observed = job.step > job.saved_step and self.observe.val_due(job.step, job.task.recipe.batch_tokens)
+        validation = self.stack.validate(slot) if observed or (done and job.task.ends) else None
+        if observed:
+            job.val_loss[job.step] = validation[0]
+        if done:
+            self._finish(slot, job, report, validation=validation)
+        elif time.monotonic() - job.saved_at > self.snapshot_seconds:
+            self._snapshot(slot, job)
+
+    def _finish(self, slot: int, job: Job, report, validation=None, diverged=False) -> None:
+        task, frame = job.task, job.frame()
+        state = None
+        if diverged:
+            finite = int(np.isfinite(frame.train_loss).sum())
+            frame = frame.iloc[: finite + 1]  # one row of NaN marks the step that could not be taken
+        else:
+            state = self.stack.state(slot)
+        diverged_at = job.saved_step + len(frame) if diverged else None
+        if task.parent != task.node:
+            self._write_node(job, task.node, frame, state, "end", diverged_at)
+        for recipe in task.ends:
+            runs.write_run(self.store, recipe, task.node, self.observe, self.stack.tokens.vocab, state, validation)
+        if job.saved != task.parent:
+            self.store.drop_state(job.saved)
+        self.stack.clear(slot)
+        self.jobs[slot] = None
+        report({"node": task.node.id, "trunk": task.node.trunk, "diverged": diverged})
+
+    def _snapshot(self, slot: int, job: Job) -> None:
+        node = job.here()
+        self._write_node(job, node, job.frame(), self.stack.state(slot), "snapshot", None)
+        if job.saved != job.task.parent:
+            self.store.drop_state(job.saved)
+        job.saved, job.saved_step, job.saved_at = node, job.step, time.monotonic()
+        job.losses, job.norms, job.val_loss = [], [], {}
+
+    def _write_node(self, job, node, frame, state, kind, diverged_at) -> None:
+        meta = {"kind": kind, "parent": [job.saved.step, job.saved.prefix] if job.saved else None,
+                "diverged_at": diverged_at, "val_every_tokens": self.observe.val_every_tokens}
+        data = None if state is None else tensor_bytes(state_tensors(*state))
+        self.store.write_node(node, frame, data, meta)
+
+    def _park(self) -> None:
+        for slot, job in enumerate(self.jobs):
+            if job and job.step > job.saved_step:
+                self._snapshot(slot, job)
+
+
+def main() -> None:
+    """Entry of a worker process."""
+    config = json.loads(sys.argv[1])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent tells us when to stop
+    pipe = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+
+    import torch
+
+    torch.set_num_threads(config["threads"])
+    torch.set_flush_denormal(True)
+    inbox: queue.Queue = queue.Queue()
+    threading.Thread(target=_read_lines, args=(inbox,), daemon=True).start()
+
+    def report(body):
+        with_pipe = json.dumps(body)
+        try:
+            pipe.write(with_pipe + "\n")
+        except BrokenPipeError:
+            inbox.put(None)
+
+    def take(free, wait):
+        tasks = []
+        while True:
+            try:
+                line = inbox.get(block=wait and not tasks)
+            except queue.Empty:
+                return tasks
+            if line is None:
+                return None
+            tasks.append(Task.from_json(json.loads(line)))
+
+    worker = Worker(Store(config["store"]), config["slots"], Observe(val_every_tokens=config["val_every_tokens"]),
+                    config["snapshot_seconds"])
+    try:
+        worker.work(take, report)
+    except Exception as error:  # whatever it was, the parent shows it once and stops the sweep
+        report({"error": f"{type(error).__name__}: {error}"})
+        raise
+
+
+def _read_lines(inbox: queue.Queue) -> None:
+    for line in sys.stdin:
+        inbox.put(line)
+    inbox.put(None)
+
+
+if __name__ == "__main__":
+    main()

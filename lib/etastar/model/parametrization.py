@@ -1,0 +1,109 @@
+"""A parametrization as plain numbers: per parameter an init std and multipliers, and four scalars for the forward pass.
+
+Roles: embedding (token table, also the head when tied), hidden (matrices of the blocks), output (untied head), norm (gains).
+"""
+
+import dataclasses
+import math
+
+import pandas as pd
+
+from etastar.recipe import SP, Model, Recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterNumbers:
+    """What initialisation and the optimizer need to know of one parameter; `init_std` None means ones."""
+
+    role: str
+    shape: tuple[int, ...]
+    init_std: float | None
+    lr_multiplier: float
+    decay_multiplier: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Scalars:
+    """The four Granite multipliers: embeddings, block outputs, attention logits (before softmax), and 1/logits."""
+
+    embedding: float
+    residual: float
+    attention: float
+    logits: float
+
+
+def parameter_shapes(model: Model, vocab: int) -> dict[str, tuple[int, ...]]:
+    """Unstacked shapes by name, in order; a tied head is stored once, as the embedding."""
+    width, ffn, head_dim = model.width, model.resolved_ffn_width, model.head_dim
+    qkv = (model.heads + 2 * model.resolved_kv_heads) * head_dim
+    shapes = {"embedding": (vocab, width)}
+    for i in range(model.depth):
+        shapes |= {
+            f"layers.{i}.attention_norm": (width,),
+            f"layers.{i}.qkv": (qkv, width),
+            f"layers.{i}.attention_out": (width, model.heads * head_dim),
+            f"layers.{i}.mlp_norm": (width,),
+            f"layers.{i}.gate_up": (2 * ffn, width),
+            f"layers.{i}.mlp_out": (width, ffn),
+        }
+    shapes["final_norm"] = (width,)
+    if not model.tied:
+        shapes["head"] = (vocab, width)
+    return shapes
+
+
+def role_of(name: str) -> str:
+    """The role a parameter's name gives it."""
+    if name.endswith("norm"):
+        return "norm"
+    return {"embedding": "embedding", "head": "output"}.get(name, "hidden")
+
+
+def numbers(parametrization: SP, model: Model, vocab: int) -> dict[str, ParameterNumbers]:
+    """The table of a parametrization: every parameter's numbers, by name.
+
+    Standard parametrization: N(0, init_std²), the projections back into the residual stream over √(2·depth) (as
+    arXiv 2405.18392 and GPT-2 do), one learning rate, decay on matrices but not on the embedding or gains.
+    """
+    table = {}
+    for name, shape in parameter_shapes(model, vocab).items():
+        role = role_of(name)
+        std = None if role == "norm" else parametrization.init_std
+        if name.endswith("_out"):
+            std /= math.sqrt(2 * model.depth)
+        table[name] = ParameterNumbers(role, shape, std, 1.0, 1.0 if role in ("hidden", "output") else 0.0)
+    return table
+
+
+def scalars(parametrization: SP, model: Model) -> Scalars:
+    """The forward multipliers of a parametrization."""
+    return Scalars(embedding=1.0, residual=1.0, attention=model.head_dim**-0.5, logits=1.0)
+
+
+def as_table(recipe: Recipe) -> pd.DataFrame:
+    """One row a parameter: name, role, shape, init std, learning rate and decay as they apply in this recipe."""
+    table = numbers(recipe.parametrization, recipe.model, recipe.corpus.vocab)
+    return pd.DataFrame([{
+        "parameter": name, "role": row.role, "shape": "×".join(map(str, row.shape)), "init_std": row.init_std,
+        "peak_lr": recipe.peak_lr * row.lr_multiplier,
+        "weight_decay": recipe.optimizer.weight_decay * row.decay_multiplier,
+    } for name, row in table.items()])
+
+
+def count_parameters(model: Model, vocab: int) -> dict[str, int]:
+    """Parameters in all and without token tables (embedding and head)."""
+    sizes = {name: math.prod(shape) for name, shape in parameter_shapes(model, vocab).items()}
+    tables = sum(size for name, size in sizes.items() if role_of(name) in ("embedding", "output"))
+    return {"total": sum(sizes.values()), "non_embedding": sum(sizes.values()) - tables}
+
+
+def flops_per_token(model: Model, vocab: int) -> dict[str, float]:
+    """Training FLOPs a token (forward and twice that backward): "exact", and "6nd", six times all parameters.
+
+    Exact counts 2 a multiply-add of every matrix including the head once, and causal attention at half its square:
+    3 · (2 · matrices + 2 · depth · context · heads · head_dim).
+    """
+    shapes = parameter_shapes(model, vocab)
+    matrices = sum(math.prod(shape) for name, shape in shapes.items() if role_of(name) == "hidden") + vocab * model.width
+    attention = 2 * model.depth * model.context * model.heads * model.head_dim
+    return {"exact": 3.0 * (2 * matrices + attention), "6nd": 6.0 * count_parameters(model, vocab)["total"]}

@@ -1,0 +1,1 @@
+"""Floor 2: optimizers on stacks of runs."""

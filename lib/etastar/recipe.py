@@ -1,0 +1,229 @@
+"""What a run is: a frozen value from which every bit of the run follows."""
+
+import dataclasses
+import json
+from typing import Literal
+
+from etastar.fingerprint import fingerprint
+from etastar.schedules import Schedule
+from etastar.values import canonical_json, decode, digest, value
+
+
+@value
+class Model:
+    """Shape of a Granite-shaped decoder: RMSNorm, RoPE, SwiGLU, optional grouped-query attention.
+
+    Widths in units (floats of the residual stream), `context` in tokens. `kv_heads` None means one per query head;
+    `ffn_width` None means 8/3 of the width rounded up to a multiple of 16. The vocabulary is the corpus's.
+    Raises ValueError when the width is not a whole number of heads or heads not a multiple of `kv_heads`.
+    """
+
+    width: int
+    depth: int
+    head_dim: int = 64
+    context: int = 512
+    kv_heads: int | None = None
+    ffn_width: int | None = None
+    tied: bool = True
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+
+    def check(self):
+        for name in ("width", "depth", "head_dim", "context"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Model.{name} must be at least 1; got {getattr(self, name)}")
+        if self.width % self.head_dim:
+            raise ValueError(
+                f"width {self.width} is not a multiple of head_dim {self.head_dim}; "
+                f"take a head_dim that divides the width, {_largest_divisor(self.width, self.head_dim)} for example"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} must be even: rotary embeddings turn pairs of units")
+        if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
+            raise ValueError(f"{self.heads} query heads cannot share {self.kv_heads} key/value heads evenly")
+
+    @property
+    def heads(self) -> int:
+        """Query heads."""
+        return self.width // self.head_dim
+
+    @property
+    def resolved_kv_heads(self) -> int:
+        """Key/value heads, the number of query heads where none was given."""
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def resolved_ffn_width(self) -> int:
+        """Hidden width of the SwiGLU block."""
+        return -(-self.width * 8 // (3 * 16)) * 16 if self.ffn_width is None else self.ffn_width
+
+
+@value
+class Corpus:
+    """Where tokens come from: "python", "synthetic", "files:GLOB" or "hf:REPO@COMMIT", and the BPE vocabulary size.
+
+    `options` is a tuple of (name, value) pairs that the source itself understands (see text.corpora); `max_bytes` keeps
+    a fixed prefix of the training documents.
+    """
+
+    source: str = "python"
+    vocab: int = 1024
+    max_bytes: int | None = None
+    options: tuple = ()
+
+    def check(self):
+        if not self.source.split(":")[0] in ("python", "synthetic", "files", "hf"):
+            raise ValueError(
+                f'unknown corpus {self.source!r}; known: "python", "synthetic", "files:GLOB", "hf:REPO@COMMIT"'
+            )
+        if not 2 <= self.vocab <= 65_536:
+            raise ValueError(f"vocab must lie in 2 … 65536 (tokens are stored in 16 bits); got {self.vocab}")
+
+
+@value
+class AdamW:
+    """AdamW (arXiv 1711.05101) as torch.optim.AdamW computes it, with a global gradient-norm clip before it.
+
+    `weight_decay` multiplies the learning rate (torch's convention) and touches matrices only, not norms and not the
+    embedding. `clip_norm` None turns clipping off.
+    """
+
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    clip_norm: float | None = 1.0
+
+    def check(self):
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"AdamW.{name} must lie in [0, 1); got {getattr(self, name)}")
+        if self.weight_decay < 0 or self.eps <= 0 or (self.clip_norm is not None and self.clip_norm <= 0):
+            raise ValueError(
+                f"AdamW needs weight_decay ≥ 0, eps > 0 and clip_norm > 0 or None; got weight_decay="
+                f"{self.weight_decay}, eps={self.eps}, clip_norm={self.clip_norm}"
+            )
+
+
+@value
+class SP:
+    """Standard parametrization: one learning rate for all, init N(0, `init_std`²), output projections over √(2·depth)."""
+
+    init_std: float = 0.02
+
+
+@value
+class Execution:
+    """How the bits are computed; it is part of the run's id because it decides them.
+
+    `micro_batch_sequences` None means the whole batch at once.
+    """
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    micro_batch_sequences: int | None = None
+    compiled: bool = False
+
+
+@value
+class Recipe:
+    """One training run: model, data, optimizer, schedule, and everything else its bits depend on.
+
+    `batch_tokens` is tokens per step and `horizon_tokens` tokens in all; both count predicted tokens. `data_seed` None
+    means `seed`. `repeat` allows more than one epoch, which bars the run from horizon claims.
+    Raises ValueError for shapes, batches, horizons and schedules that cannot be.
+    """
+
+    model: Model
+    corpus: Corpus
+    optimizer: AdamW
+    schedule: Schedule
+    peak_lr: float
+    batch_tokens: int
+    horizon_tokens: int
+    parametrization: SP = dataclasses.field(default_factory=SP)
+    seed: int = 0
+    data_seed: int | None = None
+    repeat: bool = False
+    execution: Execution = dataclasses.field(default_factory=Execution)
+
+    def check(self):
+        if not self.peak_lr > 0 or self.peak_lr == float("inf"):
+            raise ValueError(f"peak_lr must be positive and finite; got {self.peak_lr}")
+        if self.batch_tokens < 1 or self.batch_tokens % self.model.context:
+            raise ValueError(
+                f"batch_tokens {self.batch_tokens} is not a multiple of the context {self.model.context}; "
+                f"take {_nearest_multiple(self.batch_tokens, self.model.context)}"
+            )
+        if self.horizon_tokens < 1 or self.horizon_tokens % self.batch_tokens:
+            raise ValueError(
+                f"horizon_tokens {self.horizon_tokens} is not a multiple of batch_tokens {self.batch_tokens}; "
+                f"take {_nearest_multiple(self.horizon_tokens, self.batch_tokens)}"
+            )
+        micro = self.execution.micro_batch_sequences
+        if micro is not None and (micro < 1 or self.batch_sequences % micro):
+            raise ValueError(f"micro_batch_sequences {micro} does not divide the batch of {self.batch_sequences} sequences")
+        self.lr()
+
+    @property
+    def batch_sequences(self) -> int:
+        """Sequences per step."""
+        return self.batch_tokens // self.model.context
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps in all."""
+        return self.horizon_tokens // self.batch_tokens
+
+    @property
+    def resolved_data_seed(self) -> int:
+        """Seed of the data order."""
+        return self.seed if self.data_seed is None else self.data_seed
+
+    @property
+    def run_id(self) -> str:
+        """Stable 16-digit hash of all that decides the run's bits; the name of its folder in a store."""
+        return digest(self, self.corpus_fingerprint)
+
+    @property
+    def trunk_id(self) -> str:
+        """Hash of everything but the control arrays: recipes that share it share every step whose controls agree."""
+        fixed = [getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _CONTROLS]
+        return digest(*fixed, self.resolved_data_seed, self.corpus_fingerprint)
+
+    @property
+    def corpus_fingerprint(self) -> str:
+        """Content hash of the corpus and its tokenizer."""
+        return fingerprint(self.corpus)
+
+    def lr(self):
+        """The learning rate applied at each step: float64 (total_steps,)."""
+        return self.schedule.lr(self.total_steps, peak_lr=self.peak_lr, batch_tokens=self.batch_tokens)
+
+    def replace(self, **changes) -> "Recipe":
+        """A copy with some fields changed; checked like any recipe."""
+        return dataclasses.replace(self, **changes)
+
+    def to_json(self) -> str:
+        """Canonical JSON, defaults left out."""
+        return canonical_json(self)
+
+    @staticmethod
+    def from_json(text_or_dict) -> "Recipe":
+        """The recipe that `to_json` wrote; unknown keys raise ValueError."""
+        body = json.loads(text_or_dict) if isinstance(text_or_dict, str) else text_or_dict
+        recipe = decode(body)
+        if not isinstance(recipe, Recipe):
+            raise ValueError(f"expected a Recipe; got kind {body.get('kind')!r}")
+        return recipe
+
+
+_CONTROLS = ("schedule", "peak_lr", "horizon_tokens", "data_seed", "repeat")
+
+
+def _nearest_multiple(number: int, unit: int) -> int:
+    return max(unit, round(number / unit) * unit)
+
+
+def _largest_divisor(number: int, at_most: int) -> int:
+    return max((d for d in range(2, at_most + 1, 2) if number % d == 0), default=number)

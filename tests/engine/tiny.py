@@ -1,0 +1,18 @@
+"""The smallest recipes that still have two layers, several heads and something to learn."""
+
+from etastar.recipe import AdamW, Corpus, Model, Recipe
+from etastar.schedules import WSD, Constant
+
+MODEL = Model(width=32, depth=2, head_dim=16, context=32)
+CORPUS = Corpus("synthetic", vocab=64, options=(("tokens", 200_000), ("validation_tokens", 8_192)))
+BATCH = 4 * MODEL.context
+
+
+def recipe(steps=24, peak_lr=2**-6, schedule=None, **changes) -> Recipe:
+    given = dict(model=MODEL, corpus=CORPUS, optimizer=AdamW(), schedule=schedule or Constant(warmup_steps=4), peak_lr=peak_lr,
+                 batch_tokens=BATCH, horizon_tokens=steps * BATCH, seed=0)
+    return Recipe(**(given | changes))
+
+
+def wsd(cooldown_steps=6, shape="linear") -> WSD:
+    return WSD(warmup_steps=4, cooldown_steps=cooldown_steps, shape=shape)
