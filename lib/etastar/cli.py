@@ -95,40 +95,46 @@ def _recipes(options):
             raise ValueError(f"no file {path}")
         body = json.loads(path.read_text())
         return [Recipe.from_json(item) for item in (body if isinstance(body, list) else [body])]
-    from etastar.studies import find_study, resolve_preset
-
-    study = find_study(options.what)
-    return study.recipes(resolve_preset(options.preset), minutes=options.minutes)
+    study, preset = _study(options)
+    return study.recipes(preset, minutes=options.minutes)
 
 
 def _plan(options):
     from etastar.engine.execute import prepare_sweep
-    from etastar.engine.speed import cost
+    from etastar.engine.speed import cost, cost_without_corpus
 
-    recipes = _recipes(options)
+    recipes, study = _recipes(options), None if Path(options.what).suffix == ".json" else _study(options)
     if options.parameters:
         from etastar.model.parametrization import as_table
 
-        table = as_table(recipes[0])
-        print(table.to_json(orient="records", indent=1) if options.json else table.to_string())
-        return
-    sweep = prepare_sweep(recipes, options.store, options.device)
-    told = cost(sweep, options.workers, options.slots, measure=options.measure)
-    body = {name: getattr(told, name) for name in told.__dataclass_fields__}
-    tables = {}
-    if Path(options.what).suffix != ".json":
-        from etastar.studies import find_study, resolve_preset
-
-        study, preset = find_study(options.what), resolve_preset(options.preset)
-        tables["power"] = study.power(preset, minutes=options.minutes)
+        return _show({"parameters": as_table(recipes[0])}, options)
+    if options.preset == "paper":
+        told = cost_without_corpus(recipes)
+    else:
+        told = cost(prepare_sweep(recipes, options.store, options.device), options.workers, options.slots, options.measure)
+    shown = {"cost": told.as_dict() if options.json else str(told)}
+    if study:
+        module, preset = study
+        shown["power"] = module.power(preset, minutes=options.minutes)
         if options.resolve:
-            tables["resolve"] = study.resolve(preset, options.resolve, told)
+            shown["resolve"] = module.resolve(preset, options.resolve)
+    _show(shown, options)
+
+
+def _study(options):
+    from etastar.studies import find_study, resolve_preset
+
+    return find_study(options.what), resolve_preset(options.preset)
+
+
+def _show(parts: dict, options) -> None:
+    """Tables, dicts and texts by name, for eyes or as JSON."""
     if options.json:
-        print(json.dumps(body | {name: json.loads(t.to_json(orient="records")) for name, t in tables.items()}, indent=1))
+        print(json.dumps({k: json.loads(v.to_json(orient="records")) if hasattr(v, "to_json") else v for k, v in parts.items()}, indent=1))
         return
-    print(told)
-    for name, table in tables.items():
-        print(f"\n{name}\n{table.to_string(index=False)}")
+    for name, part in parts.items():
+        text = part.to_string(index=False) if hasattr(part, "to_string") else part
+        print(f"{name}\n{text if isinstance(text, str) else json.dumps(text, indent=1)}\n")
 
 
 def _run(options):

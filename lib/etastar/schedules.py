@@ -2,10 +2,13 @@
 
 Conventions of this kit ("etastar"), for 0-based step s:
   warm-up of W steps      factor (s + 1) / W: the first step already moves, step W − 1 is at the peak;
-  cooldown of D steps     step k = 0 … D − 1 has x = (k + 1) / (D + 1): the first step already decays, the last is not
-                          spent at the floor; a floor f turns a shape's factor g into f + (1 − f)·g;
-  cosine over D steps after warm-up   the same x.
-Other codebases' conventions are offered by name where they differ (`WSD(convention=…)`, `Cosine(convention=…)`).
+  cooldown of D steps     step k = 0 … D − 1 stands at x = (k + 1) / (D + 1): the first step already decays, the last is
+                          not spent at the floor; a floor f turns a shape's factor g into f + (1 − f)·g;
+  cosine, line            the same x, D being all steps after warm-up;
+  fractions               of all steps of the run, to the nearest step, halves to the even one.
+So step s of a run of T steps has the rate that transformers' get_*_schedule have at step s + 1 of a run of T + 1 steps.
+Other codebases' conventions are offered by name (`WSD(convention=…)`, `Cosine(convention="epfml")`).
+Neither `warmup_steps` nor `warmup_tokens` means no warm-up.
 """
 
 import math
@@ -14,6 +17,7 @@ from typing import Literal
 import numpy as np
 
 from etastar.cooldown_shapes import check_shape, shape_factor
+from etastar.schedule_conventions import cooldown_position, one_cycle, warmup_factor
 from etastar.values import at_most_one, exactly_one, value
 
 
@@ -22,42 +26,59 @@ class Schedule:
 
     warmup_steps: int | None = None
     warmup_tokens: int | None = None
+    convention: str = "etastar"
 
     def lr(self, total_steps: int, *, peak_lr: float, batch_tokens: int) -> np.ndarray:
         """The rate applied at each step, warm-up included: float64 (total_steps,).
 
-        Raises ValueError where the schedule does not fit the run, naming both lengths.
+        `batch_tokens` is tokens a step. Raises ValueError where the schedule does not fit the run, naming both lengths.
         """
         if total_steps < 1:
             raise ValueError(f"a run needs at least one step; got total_steps={total_steps}")
         if batch_tokens < 1:
             raise ValueError(f"batch_tokens must be at least 1; got {batch_tokens}")
-        warmup = self._steps("warmup", batch_tokens) or 0
+        if not 0 < peak_lr < math.inf:
+            raise ValueError(f"peak_lr must be positive and finite; got {peak_lr}")
+        warmup = self._length("warmup", batch_tokens) or 0
         if warmup > total_steps:
-            raise ValueError(f"{type(self).__name__}: a warm-up of {warmup} steps is longer than the run of {total_steps} steps")
+            raise ValueError(f"{_name(self)}: a warm-up of {warmup} steps exceeds the run of {total_steps}; shorten it")
         return self._rates(total_steps, peak_lr, batch_tokens, warmup)
 
     def _rates(self, total_steps, peak_lr, batch_tokens, warmup):
-        factor = np.concatenate([_ramp(warmup), self._after_warmup(total_steps, batch_tokens, warmup)])
-        return peak_lr * factor
+        after = self._after_warmup(total_steps, batch_tokens, warmup)
+        return peak_lr * np.concatenate([warmup_factor(self.convention, warmup), after])
 
     def _after_warmup(self, total_steps, batch_tokens, warmup):
         raise NotImplementedError
 
-    def _steps(self, what: str, batch_tokens: int) -> int | None:
+    def _length(self, what: str, batch_tokens: int) -> int | None:
         """A length given as `what`_steps or `what`_tokens, in steps; None where neither was."""
-        steps, tokens = getattr(self, f"{what}_steps"), getattr(self, f"{what}_tokens")
-        if tokens is None:
-            return steps
+        if getattr(self, f"{what}_tokens") is None:
+            return getattr(self, f"{what}_steps")
+        return self._steps(f"{what}_tokens", batch_tokens)
+
+    def _steps(self, field: str, batch_tokens: int) -> int:
+        """A field in tokens, in steps; ValueError where that is no whole number."""
+        tokens = getattr(self, field)
         if tokens % batch_tokens:
             near = max(1, round(tokens / batch_tokens)) * batch_tokens
-            raise ValueError(f"{type(self).__name__}.{what}_tokens {tokens} is not a multiple of batch_tokens {batch_tokens}; "
+            raise ValueError(f"{_name(self)}.{field} {tokens} is not a multiple of batch_tokens {batch_tokens}; "
                              f"take {near}")
         return tokens // batch_tokens
 
     def _check_warmup(self):
-        at_most_one(type(self).__name__, warmup_steps=self.warmup_steps, warmup_tokens=self.warmup_tokens)
-        _not_negative(self, "warmup_steps", "warmup_tokens")
+        at_most_one(_name(self), warmup_steps=self.warmup_steps, warmup_tokens=self.warmup_tokens)
+        self._check_least(0, "warmup_steps", "warmup_tokens")
+
+    def _check_floor(self):
+        if not 0 <= self.floor <= 1:
+            raise ValueError(f"{_name(self)}.floor is a share of the peak and must lie in [0, 1]; got {self.floor}")
+
+    def _check_least(self, least: int, *names):
+        for name in names:
+            given = getattr(self, name)
+            if given is not None and given < least:
+                raise ValueError(f"{_name(self)}.{name} must be at least {least}; got {given}")
 
 
 @value
@@ -76,11 +97,12 @@ class Constant(Schedule):
 
 @value
 class Cosine(Schedule):
-    """Half a cosine from the peak to `floor` times the peak (arXiv 1608.03983 without restarts).
+    """Half a cosine from the peak to `floor` times it (arXiv 1608.03983 without restarts).
 
-    The cycle, warm-up included, ends with the run, or after `cycle_fraction` of it, `cycle_steps` or `cycle_tokens`; one
-    that ends early stays at the floor (`after="hold"`) or rises again (`after="loop"`), a longer one is cut off.
-    `convention="epfml"` is torch's OneCycleLR as arXiv 2405.18392's code calls it: warm-up from 1/100, also a cosine.
+    The cycle, warm-up included, ends with the run or after `cycle_fraction` of it, `cycle_steps` or `cycle_tokens`; one
+    that ends early stays at the floor (`after="hold"`) or rises again (`after="loop"`, arXiv 2404.06395's CosineLoop);
+    a longer one is cut off. `convention="epfml"` is torch's OneCycleLR as arXiv 2405.18392's code
+    calls it: warm-up is half a cosine from 1/100, the floor is reached at the last step of the cycle.
     """
 
     floor: float = 0.1
@@ -94,64 +116,72 @@ class Cosine(Schedule):
 
     def check(self):
         self._check_warmup()
-        at_most_one("Cosine", cycle_fraction=self.cycle_fraction, cycle_steps=self.cycle_steps, cycle_tokens=self.cycle_tokens)
-        _check_floor(self)
-        if self.cycle_fraction is not None and self.cycle_fraction <= 0:
-            raise ValueError(f"Cosine.cycle_fraction must be positive; got {self.cycle_fraction}")
-
-    def _after_warmup(self, total_steps, batch_tokens, warmup):
-        cycle = self._cycle(total_steps, batch_tokens) - warmup
-        if cycle < 1:
-            raise ValueError(f"Cosine: a cycle of {cycle + warmup} steps leaves nothing after a warm-up of {warmup} steps")
-        x = (np.arange(total_steps - warmup) + 1.0) / (cycle + 1)
-        if self.after == "hold":
-            x = np.minimum(x, 1.0)
-        return self.floor + (1 - self.floor) * (1 + np.cos(math.pi * x)) / 2
+        self._check_floor()
+        given = {name: getattr(self, name) for name in ("cycle_fraction", "cycle_steps", "cycle_tokens")}
+        at_most_one("Cosine", **given)
+        self._check_least(1, "cycle_steps", "cycle_tokens")
+        if self.cycle_fraction is not None and not 0 < self.cycle_fraction < math.inf:
+            raise ValueError(f"Cosine.cycle_fraction must be positive and finite; got {self.cycle_fraction}")
+        if self.convention == "epfml" and self.after == "loop":
+            raise ValueError("Cosine(convention='epfml') does not loop: OneCycleLR has one cycle; take after='hold'")
 
     def _rates(self, total_steps, peak_lr, batch_tokens, warmup):
         if self.convention == "etastar":
             return super()._rates(total_steps, peak_lr, batch_tokens, warmup)
-        total, steps = self._cycle(total_steps, batch_tokens), np.arange(total_steps, dtype=np.float64)
-        first, top, last = 1 / 100, warmup - 1.0, total - 1.0
-        up, down = np.clip(steps / top, 0, 1) if top > 0 else np.ones(total_steps), np.clip((steps - top) / (last - top), 0, 1)
-        rise = 1 + (first - 1) / 2 * (1 + np.cos(math.pi * up))
-        fall = self.floor + (1 - self.floor) / 2 * (1 + np.cos(math.pi * down))
-        return peak_lr * np.where(steps <= top, rise, fall)
+        return peak_lr * one_cycle(total_steps, warmup, self._cycle(total_steps, batch_tokens, warmup), self.floor)
 
-    def _cycle(self, total_steps, batch_tokens) -> int:
+    def _after_warmup(self, total_steps, batch_tokens, warmup):
+        decay = self._cycle(total_steps, batch_tokens, warmup) - warmup
+        x = (np.arange(total_steps - warmup) + 1.0) / (decay + 1)
+        if self.after == "hold":
+            x = np.minimum(x, 1.0)
+        return shape_factor("cosine", x, floor=self.floor)
+
+    def _cycle(self, total_steps, batch_tokens, warmup) -> int:
+        """Steps of the cycle, warm-up included."""
         if self.cycle_fraction is not None:
-            return max(1, round(self.cycle_fraction * total_steps))
-        return self._steps("cycle", batch_tokens) or total_steps
+            cycle = round(self.cycle_fraction * total_steps)
+        else:
+            cycle = self._length("cycle", batch_tokens) or total_steps
+        if cycle <= warmup < total_steps:
+            raise ValueError(f"Cosine: a cycle of {cycle} steps ends within a warm-up of {warmup}; lengthen the cycle")
+        return cycle
 
 
 class _WithCooldown(Schedule):
     """What schedules with a cooldown at the end share."""
 
-    def _check_cooldown(self, needed: bool):
-        name = type(self).__name__
-        given = dict(cooldown_fraction=self.cooldown_fraction, cooldown_steps=self.cooldown_steps,
-                     cooldown_tokens=self.cooldown_tokens)
-        exactly_one(name, **given) if needed else at_most_one(name, **given)
+    def _check_cooldown(self, choose):
+        given = {name: getattr(self, name) for name in ("cooldown_fraction", "cooldown_steps", "cooldown_tokens")}
+        choose(_name(self), **given)
         if self.cooldown_fraction is not None and not 0 <= self.cooldown_fraction <= 1:
-            raise ValueError(f"{name}.cooldown_fraction must lie in [0, 1]; got {self.cooldown_fraction}")
-        _not_negative(self, "cooldown_steps", "cooldown_tokens")
-        check_shape(name, self.shape, self.shape_parameter)
-        _check_floor(self)
+            raise ValueError(f"{_name(self)}.cooldown_fraction must lie in [0, 1]; got {self.cooldown_fraction}")
+        self._check_least(0, "cooldown_steps", "cooldown_tokens")
+        check_shape(_name(self), self.shape, self.shape_parameter)
+        self._check_floor()
 
     def _cooldown(self, total_steps, batch_tokens, warmup) -> int:
-        """Steps of the cooldown; a fraction is of the whole run, rounded, and 1 means all after warm-up."""
+        """Steps of the cooldown; a fraction is of the whole run, and 1 means all after warm-up."""
         if self.cooldown_fraction == 1:
             return total_steps - warmup
-        steps = self._steps("cooldown", batch_tokens)
-        steps = round((self.cooldown_fraction or 0.0) * total_steps) if steps is None else steps
+        steps = self._length("cooldown", batch_tokens)
+        if steps is None:
+            steps = round((self.cooldown_fraction or 0.0) * total_steps)
+            if self.cooldown_fraction and not steps:
+                raise ValueError(
+                    f"{_name(self)}: cooldown_fraction {self.cooldown_fraction} of {total_steps} steps is not even one "
+                    f"step; take at least {1 / total_steps:.2g}, or 0 for none"
+                )
         if steps + warmup > total_steps:
-            raise ValueError(f"{type(self).__name__}: a cooldown of {steps} steps and a warm-up of {warmup} are longer than the run "
-                             f"of {total_steps} steps; shorten one or take cooldown_fraction=1 for all steps after warm-up")
+            raise ValueError(
+                f"{_name(self)}: a cooldown of {steps} steps and a warm-up of {warmup} are longer than the run of "
+                f"{total_steps} steps; shorten one, or take cooldown_fraction=1 for all steps after warm-up"
+            )
         return steps
 
     def _decay(self, steps: int) -> np.ndarray:
-        x = (np.arange(steps) + 1.0) / (steps + 1)
-        return self.floor + (1 - self.floor) * shape_factor(self.shape, x, self.shape_parameter)
+        x = cooldown_position(self.convention, steps)
+        return shape_factor(self.shape, x, self.shape_parameter, self.floor)
 
 
 @value
@@ -159,8 +189,10 @@ class WSD(_WithCooldown):
     """Warm-up, stable, decay (arXiv 2404.06395 Eq. 1, 2405.18392 Eq. 1): the peak, then a cooldown to `floor` of it.
 
     Exactly one of `cooldown_fraction` (of all steps; 1: all steps after warm-up), `cooldown_steps`, `cooldown_tokens`.
-    Shapes: linear, 1-sqrt, cosine, mirror-cosine, square, exponential, half-life, 1-x^p and lowered-linear (whose power or
-    starting share is `shape_parameter`). `convention` computes linear warm-up and decay as another codebase does.
+    Shapes: linear, 1-sqrt, cosine, mirror-cosine, square, exponential; and, with a `shape_parameter`, 1-x^p (the power,
+    0.5), lowered-linear (the share it starts from, 0.7), half-life (how many of them, 10).
+    `convention` places the steps as another codebase does (table in schedule_conventions); "lingua" decays along
+    1 / (x / floor + 1 − x) and so needs a floor above 0.
     """
 
     warmup_steps: int | None = None
@@ -175,20 +207,24 @@ class WSD(_WithCooldown):
 
     def check(self):
         self._check_warmup()
-        self._check_cooldown(needed=True)
-        if self.convention != "etastar" and (self.shape != "linear" or self.floor):
-            raise ValueError(f"WSD(convention={self.convention!r}) is offered for shape 'linear' and floor 0 only; "
-                             f"got shape {self.shape!r}, floor {self.floor}")
+        self._check_cooldown(exactly_one)
+        if self.convention == "lingua" and (self.shape != "linear" or not self.floor):
+            raise ValueError(
+                "WSD(convention='lingua') has one shape, 1 / (x / floor + 1 − x): leave shape at 'linear' and give a "
+                f"floor above 0 (0.1 is its own default); got shape {self.shape!r}, floor {self.floor}"
+            )
 
     def _after_warmup(self, total_steps, batch_tokens, warmup):
         cooldown = self._cooldown(total_steps, batch_tokens, warmup)
+        if self.convention == "fabian-sp" and warmup < warmup + cooldown == total_steps:
+            cooldown -= 1  # that code keeps one step at the peak
         return np.concatenate([np.ones(total_steps - warmup - cooldown), self._decay(cooldown)])
 
-    def _rates(self, total_steps, peak_lr, batch_tokens, warmup):
-        if self.convention == "etastar":
-            return super()._rates(total_steps, peak_lr, batch_tokens, warmup)
-        cooldown = self._cooldown(total_steps, batch_tokens, warmup)
-        return peak_lr * _FOREIGN_WSD[self.convention](np.arange(total_steps, dtype=np.float64), warmup, cooldown, total_steps)
+    def _decay(self, steps):
+        if self.convention != "lingua":
+            return super()._decay(steps)
+        x = cooldown_position(self.convention, steps)
+        return 1 / (x / self.floor + 1 - x)
 
 
 @value
@@ -201,38 +237,43 @@ class LinearToZero(Schedule):
 
     def check(self):
         self._check_warmup()
-        _check_floor(self)
+        self._check_floor()
 
     def _after_warmup(self, total_steps, batch_tokens, warmup):
-        steps = total_steps - warmup
-        return self.floor + (1 - self.floor) * (1 - (np.arange(steps) + 1.0) / (steps + 1))
+        x = cooldown_position(self.convention, total_steps - warmup)
+        return shape_factor("linear", x, floor=self.floor)
 
 
 @value
 class MultiStep(Schedule):
-    """Falling in steps; defaults are DeepSeek's (arXiv 2401.02954): 31.6 % of the peak after 80 % of tokens, 10 % after 90 %."""
+    """Falling in steps: from each of `boundaries`, fractions of all steps, on, the rate is the share in `factors`.
+
+    Defaults are DeepSeek's (arXiv 2401.02954): 31.6 % of the peak after 80 % of tokens, 10 % after 90 %.
+    """
 
     warmup_steps: int | None = None
     warmup_tokens: int | None = None
-    boundaries: tuple = (0.8, 0.9)
-    factors: tuple = (10**-0.5, 0.1)
+    boundaries: tuple[float, ...] = (0.8, 0.9)
+    factors: tuple[float, ...] = (10**-0.5, 0.1)
 
     def check(self):
         self._check_warmup()
         rising = all(a < b for a, b in zip((0.0, *self.boundaries), (*self.boundaries, 1.0), strict=True))
         if len(self.boundaries) != len(self.factors) or not rising or not all(0 <= f <= 1 for f in self.factors):
-            raise ValueError("MultiStep needs one factor in [0, 1] a boundary, and boundaries rising within (0, 1); "
-                             f"got boundaries {self.boundaries}, factors {self.factors}")
+            raise ValueError(
+                "MultiStep needs boundaries rising within (0, 1) and for each a factor in [0, 1]; "
+                f"got boundaries {self.boundaries}, factors {self.factors}"
+            )
 
     def _after_warmup(self, total_steps, batch_tokens, warmup):
-        steps = np.arange(warmup, total_steps)
-        passed = np.searchsorted(np.round(np.array(self.boundaries) * total_steps), steps, side="right")
+        boundaries = [round(fraction * total_steps) for fraction in self.boundaries]
+        passed = np.searchsorted(boundaries, np.arange(warmup, total_steps), side="right")
         return np.array((1.0, *self.factors))[passed]
 
 
 @value
 class InverseSqrt(Schedule):
-    """1/√s decay: factor √(W / (s + 1)) for 0-based step s ≥ W, W the warm-up (at least one step)."""
+    """1/√s decay without a horizon: factor √(W / (s + 1)) at 0-based step s ≥ W, W the warm-up, at least one step."""
 
     warmup_steps: int | None = None
     warmup_tokens: int | None = None
@@ -246,11 +287,12 @@ class InverseSqrt(Schedule):
 
 @value
 class Power(_WithCooldown):
-    """Power scheduler (arXiv 2408.13359 Eq. 7–8): η(n) = min(η_max, β·a·n^b), absolute, n tokens seen, β sequences a batch.
+    """Power scheduler (arXiv 2408.13359 Eq. 7–8): η(n) = min(η_max, β·a·n^b), absolute, without a horizon.
 
-    n counts the tokens seen after the step, as warm-up does. `eta_max` None means the run's peak rate; β is batch_tokens
-    over `sequence_tokens` (4096 in the paper). Warm-up rises linearly to η at its end; an optional cooldown takes the rate
-    from where the power law stood to `floor` of it.
+    n counts the tokens seen after the step, as warm-up does; β is the batch in sequences, batch_tokens over
+    `sequence_tokens` (4096 in the paper); `eta_max` None means the run's peak rate. Warm-up rises linearly to η at its
+    end; an optional cooldown takes the rate from where the power law stood to `floor` of it. Raises ValueError where
+    `eta_max` and the peak rate disagree.
     """
 
     a: float = 4.0
@@ -268,10 +310,12 @@ class Power(_WithCooldown):
 
     def check(self):
         self._check_warmup()
-        self._check_cooldown(needed=False)
-        if self.a <= 0 or self.sequence_tokens < 1 or (self.eta_max is not None and self.eta_max <= 0):
-            raise ValueError(f"Power needs a > 0, eta_max > 0 and sequence_tokens ≥ 1; got a={self.a}, eta_max={self.eta_max}, "
-                             f"sequence_tokens={self.sequence_tokens}")
+        self._check_cooldown(at_most_one)
+        self._check_least(1, "sequence_tokens")
+        if not self.a > 0 or not self.b < 0 or (self.eta_max is not None and not self.eta_max > 0):
+            raise ValueError(
+                f"Power needs a > 0, b < 0 and eta_max > 0 or None; got a={self.a}, b={self.b}, eta_max={self.eta_max}"
+            )
 
     def rate_at(self, tokens, *, batch_tokens: int, eta_max: float) -> np.ndarray:
         """min(η_max, β·a·n^b) at n = `tokens`."""
@@ -280,12 +324,12 @@ class Power(_WithCooldown):
 
     def _rates(self, total_steps, peak_lr, batch_tokens, warmup):
         if self.eta_max is not None and self.eta_max != peak_lr:
-            raise ValueError(f"Power.eta_max {self.eta_max} and the run's peak_lr {peak_lr} disagree; leave eta_max out or make "
-                             "them equal")
+            raise ValueError(f"Power.eta_max {self.eta_max} and peak_lr {peak_lr} differ; equal them or drop eta_max")
         cooldown = self._cooldown(total_steps, batch_tokens, warmup)
-        rates = self.rate_at((np.arange(total_steps) + 1.0) * batch_tokens, batch_tokens=batch_tokens, eta_max=peak_lr)
+        tokens = (np.arange(total_steps) + 1.0) * batch_tokens
+        rates = self.rate_at(tokens, batch_tokens=batch_tokens, eta_max=peak_lr)
         if warmup:
-            rates[:warmup] = rates[warmup - 1] * _ramp(warmup)
+            rates[:warmup] = rates[warmup - 1] * warmup_factor(self.convention, warmup)
         if cooldown:
             start = total_steps - cooldown
             rates[start:] = (rates[start - 1] if start else peak_lr) * self._decay(cooldown)
@@ -296,24 +340,25 @@ class Power(_WithCooldown):
 class Table(Schedule):
     """Any schedule at all: one factor of the peak rate a step, for exactly as many steps as the run has."""
 
-    factors: tuple
+    factors: tuple[float, ...]
 
     def check(self):
-        if not self.factors or not all(isinstance(f, int | float) and 0 <= f < math.inf for f in self.factors):
+        if not self.factors or not all(0 <= factor < math.inf for factor in self.factors):
             raise ValueError("Table.factors must be finite numbers ≥ 0, at least one")
 
     def _after_warmup(self, total_steps, batch_tokens, warmup):
         if len(self.factors) != total_steps:
-            raise ValueError(f"Table has {len(self.factors)} factors but the run has {total_steps} steps")
-        return np.array(self.factors, dtype=np.float64)
+            raise ValueError(f"Table has {len(self.factors)} factors but the run {total_steps} steps; give one a step")
+        return np.array(self.factors)
 
 
 @value
 class Branch(Schedule):
-    """One schedule up to a point, another from there: a cooldown, a continuation, a second warm-up.
+    """One schedule up to a point, another from there: a cooldown, a continuation, a second warm-up; branches may nest.
 
-    Until `at_tokens` the rate is what `trunk` gives a run of `trunk_horizon_tokens`; from there `then` runs over the rest of
-    the run as if it began there, with the peak `then_peak_lr` or, by default, the rate of the step before the branch.
+    Until `at_tokens` the rate is what `trunk` gives a run of `trunk_horizon_tokens` with the peak `trunk_peak_lr` (by
+    default the run's); from there `then` runs over the rest as if it began there, with the peak `then_peak_lr` or, by
+    default, the trunk's rate at the step before the branch, which is where a cooldown has x = 0.
     """
 
     trunk: Schedule
@@ -321,68 +366,33 @@ class Branch(Schedule):
     at_tokens: int
     then: Schedule
     then_peak_lr: float | None = None
+    trunk_peak_lr: float | None = None
 
     def check(self):
         if not 0 < self.at_tokens <= self.trunk_horizon_tokens:
-            raise ValueError(f"Branch.at_tokens {self.at_tokens} lies outside the trunk's 1 … {self.trunk_horizon_tokens} tokens")
-        if self.then_peak_lr is not None and not self.then_peak_lr > 0:
-            raise ValueError(f"Branch.then_peak_lr must be positive; got {self.then_peak_lr}")
+            raise ValueError(
+                f"Branch.at_tokens {self.at_tokens} lies outside the trunk's 1 … {self.trunk_horizon_tokens} tokens"
+            )
+        for name in ("then_peak_lr", "trunk_peak_lr"):
+            given = getattr(self, name)
+            if given is not None and not 0 < given < math.inf:
+                raise ValueError(f"Branch.{name} must be positive and finite; got {given}")
 
     def _rates(self, total_steps, peak_lr, batch_tokens, warmup):
-        for name in ("trunk_horizon_tokens", "at_tokens"):
-            if getattr(self, name) % batch_tokens:
-                raise ValueError(f"Branch.{name} {getattr(self, name)} is not a multiple of batch_tokens {batch_tokens}")
-        at = self.at_tokens // batch_tokens
+        horizon = self._steps("trunk_horizon_tokens", batch_tokens)
+        at = self._steps("at_tokens", batch_tokens)
         if at >= total_steps:
-            raise ValueError(f"Branch.at_tokens {self.at_tokens} is not before the end of the run at {total_steps * batch_tokens}")
-        trunk = self.trunk.lr(self.trunk_horizon_tokens // batch_tokens, peak_lr=peak_lr, batch_tokens=batch_tokens)[:at]
-        peak = trunk[-1] if self.then_peak_lr is None else self.then_peak_lr
-        return np.concatenate([trunk, self.then.lr(total_steps - at, peak_lr=float(peak), batch_tokens=batch_tokens)])
+            raise ValueError(
+                f"Branch.at_tokens {self.at_tokens} is not before the end of the run at {total_steps * batch_tokens} "
+                "tokens; branch earlier or run longer"
+            )
+        trunk_peak = peak_lr if self.trunk_peak_lr is None else self.trunk_peak_lr
+        trunk = self.trunk.lr(horizon, peak_lr=trunk_peak, batch_tokens=batch_tokens)[:at]
+        peak = float(trunk[-1]) if self.then_peak_lr is None else self.then_peak_lr
+        if not peak:
+            raise ValueError(f"Branch: the trunk's rate is 0 at {self.at_tokens} tokens; give then_peak_lr")
+        return np.concatenate([trunk, self.then.lr(total_steps - at, peak_lr=peak, batch_tokens=batch_tokens)])
 
 
-def _ramp(warmup: int) -> np.ndarray:
-    return (np.arange(warmup) + 1.0) / warmup if warmup else np.empty(0)
-
-
-def _check_floor(schedule) -> None:
-    if not 0 <= schedule.floor <= 1:
-        raise ValueError(f"{type(schedule).__name__}.floor is a share of the peak and must lie in [0, 1]; got {schedule.floor}")
-
-
-def _not_negative(schedule, *names) -> None:
-    for name in names:
-        given = getattr(schedule, name)
-        if given is not None and given < 0:
-            raise ValueError(f"{type(schedule).__name__}.{name} must not be negative; got {given}")
-
-
-def _from_zero(s, warmup, cooldown, total):
-    """OLMo-core: warm-up from 0 at step 0, full rate at the first step of the decay."""
-    return np.where(s < warmup, s / max(warmup, 1), np.where(s < total - cooldown, 1.0, (total - s) / max(cooldown, 1)))
-
-
-def _from_one(s, warmup, cooldown, total):
-    """torchtitan and nanochat: warm-up from 1/W, full rate at the first step of the decay."""
-    return np.where(s < warmup, (s + 1) / max(warmup, 1), np.where(s < total - cooldown, 1.0, (total - s) / max(cooldown, 1)))
-
-
-def _from_hundredth(s, warmup, cooldown, total):
-    """epfml/schedules-and-scaling: warm-up from 1/100."""
-    up = s / max(warmup, 1) + (1 - s / max(warmup, 1)) / 100
-    return np.where(s < warmup, up, np.where(s < total - cooldown, 1.0, (total - s) / max(cooldown, 1)))
-
-
-def _to_zero(s, warmup, cooldown, total):
-    """fabian-sp/lr-scheduling: warm-up from 0 (1e-10), one step earlier in the decay, the last rate 0."""
-    up = 1e-10 + (1 - 1e-10) * s / max(warmup, 1)
-    return np.where(s < warmup, up, np.where(s < total - cooldown, 1.0, (total - s - 1) / max(cooldown, 1)))
-
-
-def _inverse_linear(s, warmup, cooldown, total):
-    """lingua: the inverse of a straight line from 1 to 1/0.1."""
-    x = (s - (total - cooldown)) / max(cooldown, 1)
-    return np.where(s < warmup, s / max(warmup, 1), np.where(s < total - cooldown, 1.0, 1 / (x / 0.1 + (1 - x))))
-
-
-_FOREIGN_WSD = {"epfml": _from_hundredth, "torchtitan": _from_one, "nanochat": _from_one, "olmo": _from_zero,
-                "fabian-sp": _to_zero, "lingua": _inverse_linear}
+def _name(schedule) -> str:
+    return type(schedule).__name__

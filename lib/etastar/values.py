@@ -19,9 +19,13 @@ def value(cls):
     """Turn a class into a frozen, registered dataclass whose fields are checked against their annotations.
 
     Ints are taken for float fields, numpy scalars for either; anything else of the wrong type raises TypeError that
-    names the field. A `check(self)` method, if there is one, runs after the types are known to be right.
+    names the field, a string that is none of a Literal's choices ValueError that lists them. A `check(self)` method,
+    own or inherited, runs after the types are known to be right. Two modules with a class of one name raise TypeError.
     """
-    own_check = cls.__dict__.get("check")
+    own_check = getattr(cls, "check", None)
+    taken = _KINDS.get(cls.__name__)
+    if taken is not None and taken.__module__ != cls.__module__:
+        raise TypeError(f"{taken.__module__} has a value {cls.__name__}; give that of {cls.__module__} another name")
 
     def __post_init__(self):
         hints = typing.get_type_hints(type(self))
@@ -64,7 +68,8 @@ def decode(body):
     known = {field.name for field in dataclasses.fields(cls)}
     unknown = sorted(set(body) - known - {"kind"})
     if unknown:
-        raise ValueError(f"unknown key {', '.join(map(repr, unknown))} for {kind}; it takes: {', '.join(sorted(known))}")
+        names = ", ".join(map(repr, unknown))
+        raise ValueError(f"unknown key {names} for {kind}; it takes: {', '.join(sorted(known))}")
     return cls(**{name: decode(part) for name, part in body.items() if name != "kind"})
 
 
@@ -111,7 +116,9 @@ def _coerce(owner, name, given, hint):
         ok, taken = _as(given, option)
         if ok:
             return taken
-    raise TypeError(f"{owner}.{name} must be {_spell(options)}; got {given!r} ({type(given).__name__})")
+    message = f"{owner}.{name} must be {_spell(options)}; got {given!r} ({type(given).__name__})"
+    chosen = isinstance(given, str) and any(typing.get_origin(option) is typing.Literal for option in options)
+    raise ValueError(message) if chosen else TypeError(message)
 
 
 def _as(given, option):
@@ -127,10 +134,17 @@ def _as(given, option):
         return real, float(given) if real else given
     origin = typing.get_origin(option)
     if option is tuple or origin is tuple:
-        return isinstance(given, tuple | list), tuple(given) if isinstance(given, tuple | list) else given
+        return _as_tuple(given, typing.get_args(option)[:1])
     if origin is typing.Literal:
         return given in typing.get_args(option), given
     return isinstance(given, option), given
+
+
+def _as_tuple(given, element):
+    if not isinstance(given, tuple | list):
+        return False, given
+    parts = [_as(part, option) for part in given for option in element] if element else [(True, part) for part in given]
+    return all(ok for ok, _ in parts), tuple(part for _, part in parts)
 
 
 def _spell(options) -> str:
@@ -139,5 +153,6 @@ def _spell(options) -> str:
         if typing.get_origin(option) is typing.Literal:
             names += [repr(choice) for choice in typing.get_args(option)]
         else:
-            names.append("None" if option is type(None) else getattr(option, "__name__", str(option)))
+            plain = isinstance(option, type) and not typing.get_args(option)
+            names.append("None" if option is type(None) else option.__name__ if plain else str(option))
     return " or ".join(names)

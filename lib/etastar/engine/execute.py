@@ -18,6 +18,7 @@ from etastar.engine.plan import Node, Segment, build_segments, critical_order
 from etastar.engine.slots import stack_key
 from etastar.engine.store import Store, StoreError
 from etastar.engine.worker import Task, Worker
+from etastar.model.parametrization import count_parameters
 from etastar.observe import Observe
 from etastar.recipe import Execution, Recipe
 from etastar.text.batches import check_fits
@@ -98,7 +99,7 @@ def run(recipes, store="runs", backend="local", device=None, workers=None, obser
         raise ValueError(f'unknown backend {backend!r}; known: "local" (worker processes), "inline" (this process)')
     sweep = prepare_sweep(recipes, store, device, observe)
     if sweep.segments:
-        sweep.store.prepare(disk_bytes(sweep))
+        sweep.store.prepare(disk_bytes(sweep.segments))
         with sweep.store.locked():
             sweep.store.remember_corpora(sweep.recipes)
             workers, slots = default_layout(sweep, workers, slots)
@@ -128,12 +129,10 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def disk_bytes(sweep: Sweep) -> int:
-    """Bytes the missing states, models and curves will take."""
-    from etastar.model.parametrization import count_parameters
-
+def disk_bytes(segments: list[Segment]) -> int:
+    """Bytes the states, models and curves of these segments will take."""
     total = 0
-    for segment in sweep.segments:
+    for segment in segments:
         params = count_parameters(segment.recipe.model, segment.recipe.corpus.vocab)["total"]
         total += params * 4 * STATES_A_SEGMENT + (segment.stop - segment.start) * 40 + 20_000
     return total

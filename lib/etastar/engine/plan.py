@@ -158,6 +158,10 @@ class Cost:
     seconds: float | None
     workers: int
 
+    def as_dict(self) -> dict:
+        """Field by field, for JSON."""
+        return dataclasses.asdict(self)
+
     def __str__(self):
         share = self.tokens_without_sharing / self.tokens if self.tokens else 1.0
         time = "unknown" if self.seconds is None else f"{self.seconds / 60:.1f} min on {self.workers} worker(s)"

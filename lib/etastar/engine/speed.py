@@ -14,11 +14,11 @@ import torch
 from etastar.cache import cache_folder
 from etastar.engine.checkpoint import write_json
 from etastar.engine.execute import Sweep, cores, default_layout, disk_bytes, one_thread_environment
-from etastar.engine.plan import Cost, schedule_length
+from etastar.engine.plan import Cost, build_segments, schedule_length
 from etastar.engine.provenance import machine
 from etastar.engine.slots import SlotStack, stack_key
 from etastar.model.parametrization import flops_per_token
-from etastar.recipe import Recipe
+from etastar.recipe import Corpus, Recipe
 from etastar.text.corpora import prepare
 from etastar.values import digest
 
@@ -36,7 +36,18 @@ def cost(sweep: Sweep, workers: int | None = None, slots: int | None = None, mea
     return Cost(runs=len({r.run_id for r in sweep.recipes}), done=len(sweep.finished), segments=len(segments),
                 steps=sum(s.stop - s.start for s in segments), tokens=tokens,
                 tokens_without_sharing=sum(r.horizon_tokens for r in sweep.missing.values()), flops=flops,
-                disk_bytes=disk_bytes(sweep), seconds=seconds, workers=workers)
+                disk_bytes=disk_bytes(segments), seconds=seconds, workers=workers)
+
+
+def cost_without_corpus(recipes: list[Recipe]) -> Cost:
+    """Counts and FLOPs of recipes whose corpus need not be here, no time: what a cluster's share would be."""
+    stand_ins = [r.replace(corpus=Corpus("synthetic", vocab=r.corpus.vocab)) for r in recipes]
+    segments = build_segments(stand_ins)
+    tokens = sum(s.tokens for s in segments)
+    flops = sum(s.tokens * flops_per_token(s.recipe.model, s.recipe.corpus.vocab)["exact"] for s in segments)
+    return Cost(runs=len({r.run_id for r in stand_ins}), done=0, segments=len(segments), steps=sum(s.stop - s.start for s in segments),
+                tokens=tokens, tokens_without_sharing=sum(r.horizon_tokens for r in {r.run_id: r for r in stand_ins}.values()),
+                flops=flops, disk_bytes=disk_bytes(segments), seconds=None, workers=0)
 
 
 def _seconds(sweep: Sweep, workers: int, slots: int) -> float:

@@ -1,0 +1,35 @@
+"""What several tests ask for: small notebooks, and a skip where something is not installed here."""
+
+import json
+
+import pytest
+
+
+@pytest.fixture
+def make_notebook(tmp_path):
+    """Writes a notebook of (kind, source) cells; a kind of "parameters" is a tagged code cell."""
+
+    def make(*cells, name="small.ipynb", outputs=()):
+        body = []
+        for kind, source in cells:
+            cell = {"cell_type": "markdown", "id": f"cell{len(body)}", "metadata": {}, "source": source}
+            if kind != "markdown":
+                cell |= {"cell_type": "code", "outputs": list(outputs), "execution_count": None}
+            if kind == "parameters":
+                cell["metadata"] = {"tags": ["parameters"]}
+            body.append(cell)
+        kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+        path = tmp_path / name
+        path.write_text(
+            json.dumps(
+                {
+                    "cells": body,
+                    "metadata": {"kernelspec": kernel, "language_info": {"name": "python"}},
+                    "nbformat": 4,
+                    "nbformat_minor": 5,
+                }
+            )
+        )
+        return path
+
+    return make
