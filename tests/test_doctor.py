@@ -85,8 +85,10 @@ def test_installed_packages_are_held_against_the_lock(tmp_path):
     import numpy
 
     lock = tmp_path / "requirements.lock"
-    lock.write_text(f"# comment\nnumpy=={numpy.__version__}\npytest==0.0.1\nno-such-package==1.0\n"
-                    'aiohttp==1.0 ; python_version >= "3.99"\n')
+    lock.write_text(
+        f"# comment\nnumpy=={numpy.__version__}\npytest==0.0.1\nno-such-package==1.0\n"
+        'aiohttp==1.0 ; python_version >= "3.99"\n'
+    )
     told = room._packages(lock)
     assert list(told["differing"]) == ["pytest"] and told["missing"] == ["no-such-package"]
     assert told["locked"] == 3
@@ -96,8 +98,10 @@ def test_installed_packages_are_held_against_the_lock(tmp_path):
 def test_corpora_in_the_cache_are_listed(tmp_path, monkeypatch):
     monkeypatch.setenv("ETASTAR_CACHE", str(tmp_path))
     assert room._corpora() == []
-    for name, text in (("ab", json.dumps({"corpus": {"source": "python", "vocab": 512}, "bytes": {"train.bin": 200}})),
-                       ("cd", "{")):
+    for name, text in (
+        ("ab", json.dumps({"corpus": {"source": "python", "vocab": 512}, "bytes": {"train.bin": 200}})),
+        ("cd", "{"),
+    ):
         (tmp_path / "corpora" / name).mkdir(parents=True)
         (tmp_path / "corpora" / name / "meta.json").write_text(text)
     whole, broken = room._corpora()

@@ -43,7 +43,8 @@ def _project_files() -> list[Path]:
 
 def test_every_line_of_the_lock_is_one_exact_version_sorted_by_name():
     lines = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if not line.startswith("#")]
-    assert [line for line in lines if not re.fullmatch(r'[a-z0-9-]+==[0-9][\w.]*( ; python_version >= "3\.12")?', line)] == []
+    exact = re.compile(r'[a-z0-9-]+==[0-9][\w.]*( ; python_version >= "3\.12")?')
+    assert [line for line in lines if not exact.fullmatch(line)] == []
     names = [line.split("==")[0] for line in lines]
     assert names == sorted(set(names))
 
@@ -81,7 +82,9 @@ def test_version_licence_and_pythons_are_told_once():
     assert f"## {etastar.__version__}" in (ROOT / "CHANGELOG.md").read_text()
     assert PROJECT["license"] == "Apache-2.0" and PROJECT["requires-python"] == ">=3.11"
     text = (ROOT / "LICENSE").read_text()
-    assert "Version 2.0, January 2004" in text and "END OF TERMS AND CONDITIONS" in text and len(text.splitlines()) > 195
+    assert (
+        "Version 2.0, January 2004" in text and "END OF TERMS AND CONDITIONS" in text and len(text.splitlines()) > 195
+    )
 
 
 def test_the_command_and_the_files_it_needs_are_packaged():

@@ -33,8 +33,8 @@ class Design:
     branch_offsets: tuple[float, ...] = (0.0,)
     branch_shift: float = 0.0
     branch_seed_count: int = 0
-    sd_nats: float = 0.01
-    slope_nats: float = 0.3
+    sd_nats: float = 0.0045
+    slope_nats: float = 0.2
     parametrization: SP = SP(init_std=0.1)
     optimizer: AdamW = AdamW()
     execution: Execution = Execution()
@@ -107,9 +107,9 @@ COSINE_VS_WSD = {
         seed_count=2, centre={"cos10": -5.0, "cos0": -5.0, "wsd20": -5.0}, offsets=(-1.0, 0.0, 1.0), cycles=("cycle_2.00",), minutes=1.0,
     ),
     "cpu": Design(
-        model=TINY, corpus=PYTHON, batch_tokens=1024, horizon_steps=512, warmup_steps=24, seed_count=5,
+        model=TINY, corpus=PYTHON, batch_tokens=1024, horizon_steps=512, warmup_steps=24, seed_count=4,
         centre={"cos10": -6.0, "cos0": -6.0, "wsd20": -6.5}, offsets=(-1.5, -0.75, 0.0, 0.75, 1.5),
-        cycles=("cycle_0.50_hold", "cycle_0.75_hold", "cycle_1.25", "cycle_2.00"), minutes=7.5,
+        cycles=CYCLE_ARMS, minutes=6.0,
     ),
     "night": Design(
         model=TINY, corpus=PYTHON, batch_tokens=1024, horizon_steps=2048, warmup_steps=64, seed_count=8,
