@@ -50,6 +50,7 @@ TABLES = [
         [0.5 + R2 / 2, 0.5, 0.5 - R2 / 2, 0, 0.5 - R2 / 2, 0.5, 0.5 + R2 / 2, 1, 0.5 + R2 / 2],
     ),
     (Cosine(floor=0, cycle_fraction=1.5), [0.5 + R2 / 2, 0.5]),
+    (Cosine(floor=0, cycle_fraction=0.7), [0.5 + R2 / 2, 0.5, 0.5 - R2 / 2, 0]),
     (MultiStep(), [1] * 16 + [0.31622777] * 2 + [0.1] * 2),
     (MultiStep(boundaries=(0.5,), factors=(0.25,), warmup_steps=2), [0.5, 1, 0.25, 0.25]),
     (InverseSqrt(warmup_steps=4), [*RAMP, math.sqrt(4 / 5), math.sqrt(4 / 6), math.sqrt(4 / 7), R2, 2 / 3]),
@@ -145,6 +146,12 @@ def test_power_cooldown_is_exponential_to_the_floor_from_where_the_law_stood():
     rates = Power(cooldown_steps=3).lr(20_000, peak_lr=0.02, batch_tokens=batch)
     stood = 4096 * (19_997 * batch) ** -0.51
     assert rates[-3:] == pytest.approx(stood * np.array([0.6500680, 0.3775407, 0.1652962]), rel=1e-6)
+
+
+def test_power_that_only_cools_down_falls_from_the_cap():
+    assert Power().lr(40, peak_lr=0.02, batch_tokens=4096)[-1] < 0.01
+    rates = Power(cooldown_fraction=1, shape="linear").lr(40, peak_lr=0.02, batch_tokens=4096)
+    assert rates == pytest.approx(0.02 * np.arange(40, 0, -1) / 41)
 
 
 # --- joints, branches, prefixes ---

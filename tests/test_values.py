@@ -102,6 +102,15 @@ def test_defaults_are_left_out():
     assert encode(Twig(leaf=Leaf(), peak=1)) == {"kind": "Twig", "leaf": {"kind": "Leaf"}, "peak": 1.0}
 
 
+def test_true_is_not_left_out_where_the_default_is_one():
+    @value
+    class Flagged:
+        count: int | bool = 1
+
+    assert encode(Flagged(count=True)) == {"kind": "Flagged", "count": True}
+    assert encode(Flagged(count=1)) == {"kind": "Flagged"}
+
+
 def test_a_new_field_with_a_default_keeps_the_hash(monkeypatch):
     def leaf(**fields):
         monkeypatch.delitem(values._KINDS, "Acorn", raising=False)
