@@ -78,6 +78,7 @@ def test_a_folder_to_be_made_is_judged_by_its_parent(tmp_path):
     there = room._folder(tmp_path / "a" / "b")
     assert not there["exists"] and there["writable"] and there["free_gb"] > 0
     (tmp_path / "file").write_text("")
+    (tmp_path / "file").chmod(0o777)
     assert not room._folder(tmp_path / "file" / "below")["writable"]
 
 

@@ -17,7 +17,8 @@ from etastar.notebook import (
 COMMITTED = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
 
-def test_every_parameter_reaches_the_kernel_as_a_plain_value(make_notebook, tmp_path):
+def test_every_parameter_reaches_the_kernel_as_a_plain_value(make_notebook, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     told = tmp_path / "told.json"
     path = make_notebook(
         ("parameters", "out = ''\nsteps = 1\nrates = []\nlr = 0.1\nminutes = 3"),

@@ -156,6 +156,6 @@ def test_saved_figures_are_the_same_bytes_each_time(board, tmp_path):
 
 
 def test_the_callers_style_is_left_alone(losses):
-    before = dict(matplotlib.rcParams)
-    plots.lr_bowls(losses)
-    assert dict(matplotlib.rcParams) == before
+    with matplotlib.rc_context({"grid.color": "#123456", "savefig.dpi": 17}):
+        plots.lr_bowls(losses)
+        assert (matplotlib.rcParams["grid.color"], matplotlib.rcParams["savefig.dpi"]) == ("#123456", 17)

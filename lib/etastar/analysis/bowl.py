@@ -10,7 +10,8 @@ import math
 import numpy as np
 from scipy import stats
 
-CUBIC_LEVEL = 0.05  # a cubic term is kept where the pooled F test finds it at this level
+# Bowls are skewed, and a test for the cubic term misses it at the noise of a few seeds: intervals of the vertex then cover
+# 74 % in place of 95 % (97 % with the term always in). So it is in wherever five rates leave a residual.
 LEAST_CUBIC_POINTS = 5
 
 
@@ -68,7 +69,7 @@ def fit_bowl(lr, loss, seed=None, sigma: float | None = None, level: float = 0.9
     """
     x, y_SxP, seeds, wall = _grid(lr, loss, seed)
     _refuse_edge(x, y_SxP.mean(0), wall)
-    degree = _degree(x, y_SxP)
+    degree = 3 if len(x) >= LEAST_CUBIC_POINTS else 2
     centre = float(x[y_SxP.mean(0).argmin()])
     coefficients_S = np.array([np.polyfit(x - centre, y, degree) for y in y_SxP])
     mean = coefficients_S.mean(0)
@@ -143,19 +144,6 @@ def _advice(x, mean_P) -> str:
     low = mean_P.argmin() < len(x) / 2
     more = [x[0] - step, x[0] - 2 * step] if low else [x[-1] + step, x[-1] + 2 * step]
     return "add lr " + " and ".join(f"{2**m:.3g} (2^{m:g})" for m in more)
-
-
-def _degree(x, y_SxP) -> int:
-    """3 where a cubic term, fitted to each seed, lowers the pooled residuals more than chance would."""
-    seeds, points = y_SxP.shape
-    if points < LEAST_CUBIC_POINTS:
-        return 2
-    rss = {d: sum(((y - np.polyval(np.polyfit(x, y, d), x)) ** 2).sum() for y in y_SxP) for d in (2, 3)}
-    df = seeds * (points - 4)
-    if rss[3] == 0:
-        return 2 if rss[2] == 0 else 3
-    f = (rss[2] - rss[3]) / seeds / (rss[3] / df)
-    return 3 if stats.f.sf(f, seeds, df) < CUBIC_LEVEL else 2
 
 
 def _vertex(coefficients, low: float, high: float) -> float | None:
