@@ -39,7 +39,7 @@ test-all: $(STAMP) ## all tests, the slow ones and those that need Chromium, a G
 
 lint: $(STAMP) ## ruff over code and notebooks; notebooks must hold no outputs
 	$(PY) -m ruff check .
-	$(PY) -m nbstripout --verify notebooks/*.ipynb
+	$(PY) -m nbstripout --verify --keep-id notebooks/*.ipynb
 
 lab: $(STAMP) ## JupyterLab on 127.0.0.1; it prints the address with its token
 	$(PY) -m jupyterlab --ServerApp.ip=127.0.0.1 $(if $(filter 0,$(shell id -u)),--allow-root)

@@ -2,6 +2,7 @@ import copy
 import json
 
 import pytest
+
 from etastar import doctor as room
 from etastar.doctor import doctor, format_doctor, locked_versions
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from etastar import notebook
 from etastar.notebook import (
     HEADINGS,

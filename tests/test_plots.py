@@ -6,8 +6,9 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
-from etastar import plots
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from etastar import plots
 
 
 def _bowl(centre):

@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+
 from etastar.report import write_report
 
 PIXEL = base64.b64decode(

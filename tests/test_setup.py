@@ -6,11 +6,12 @@ import sys
 import tomllib
 from pathlib import Path
 
-import etastar
 import pytest
-from etastar.fingerprint import TRAIN_PACKAGES, VALIDATION_PACKAGES
 from packaging.requirements import Requirement
 from packaging.version import Version
+
+import etastar
+from etastar.fingerprint import TRAIN_PACKAGES, VALIDATION_PACKAGES
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -1,6 +1,7 @@
 import struct
 
 import pytest
+
 from jupyterlab_page import browser_page, find_chromium, jupyterlab, open_notebook, outputs, run_all
 
 pytestmark = [

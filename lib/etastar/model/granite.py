@@ -1,0 +1,66 @@
+"""Our decoder's twin: parameters and settings of transformers' `granite`, both ways, without importing transformers."""
+
+import torch
+
+from etastar.model.parametrization import Scalars
+from etastar.recipe import Model
+
+_LAYER = {"attention_norm": "input_layernorm", "attention_out": "self_attn.o_proj", "mlp_norm": "post_attention_layernorm",
+          "mlp_out": "mlp.down_proj"}
+
+
+def granite_config(model: Model, vocab: int, by: Scalars) -> dict:
+    """config.json of a GraniteForCausalLM with this shape and these multipliers."""
+    return {
+        "architectures": ["GraniteForCausalLM"], "model_type": "granite", "vocab_size": vocab, "hidden_size": model.width,
+        "num_hidden_layers": model.depth, "num_attention_heads": model.heads, "num_key_value_heads": model.resolved_kv_heads,
+        "intermediate_size": model.resolved_ffn_width, "max_position_embeddings": model.context, "rms_norm_eps": model.norm_eps,
+        "rope_theta": model.rope_theta, "tie_word_embeddings": model.tied, "hidden_act": "silu", "attention_bias": False,
+        "mlp_bias": False, "embedding_multiplier": by.embedding, "residual_multiplier": by.residual,
+        "attention_multiplier": by.attention, "logits_scaling": by.logits, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+    }
+
+
+def from_granite_config(config: dict) -> tuple[Model, int, Scalars]:
+    """(shape, vocabulary, multipliers) of a granite config.json; ValueError for biases or an activation we do not have."""
+    if config.get("attention_bias") or config.get("mlp_bias") or config.get("hidden_act", "silu") != "silu":
+        raise ValueError("this granite has biases or another activation than silu; our decoder has neither: "
+                         f"attention_bias={config.get('attention_bias')}, mlp_bias={config.get('mlp_bias')}, "
+                         f"hidden_act={config.get('hidden_act')!r}")
+    theta = config.get("rope_theta") or (config.get("rope_parameters") or {}).get("rope_theta", 10_000.0)
+    heads = config["num_attention_heads"]
+    model = Model(width=config["hidden_size"], depth=config["num_hidden_layers"], head_dim=config["hidden_size"] // heads,
+                  context=config["max_position_embeddings"], kv_heads=config.get("num_key_value_heads") or heads,
+                  ffn_width=config["intermediate_size"], tied=config.get("tie_word_embeddings", True), rope_theta=theta,
+                  norm_eps=config["rms_norm_eps"])
+    by = Scalars(config["embedding_multiplier"], config["residual_multiplier"], config["attention_multiplier"],
+                 config["logits_scaling"])
+    return model, config["vocab_size"], by
+
+
+def to_granite_state(params: dict[str, torch.Tensor], model: Model) -> dict[str, torch.Tensor]:
+    """Our parameters under granite's names; fused matrices are cut, a tied head is left out."""
+    state = {"model.embed_tokens.weight": params["embedding"], "model.norm.weight": params["final_norm"]}
+    q, kv = model.heads * model.head_dim, model.resolved_kv_heads * model.head_dim
+    for i in range(model.depth):
+        ours, theirs = f"layers.{i}.", f"model.layers.{i}."
+        state |= {f"{theirs}{name}.weight": params[ours + key] for key, name in _LAYER.items()}
+        names = ("q_proj", "k_proj", "v_proj")
+        state |= {f"{theirs}self_attn.{n}.weight": t for n, t in zip(names, params[ours + "qkv"].split([q, kv, kv]), strict=True)}
+        state |= {f"{theirs}mlp.{n}_proj.weight": t for n, t in zip(("gate", "up"), params[ours + "gate_up"].chunk(2), strict=True)}
+    if not model.tied:
+        state["lm_head.weight"] = params["head"]
+    return {name: tensor.contiguous() for name, tensor in state.items()}
+
+
+def from_granite_state(state: dict[str, torch.Tensor], model: Model) -> dict[str, torch.Tensor]:
+    """Granite's parameters under our names; KeyError names what is missing."""
+    params = {"embedding": state["model.embed_tokens.weight"], "final_norm": state["model.norm.weight"]}
+    for i in range(model.depth):
+        ours, theirs = f"layers.{i}.", f"model.layers.{i}."
+        params |= {ours + key: state[f"{theirs}{name}.weight"] for key, name in _LAYER.items()}
+        params[ours + "qkv"] = torch.cat([state[f"{theirs}self_attn.{n}_proj.weight"] for n in "qkv"])
+        params[ours + "gate_up"] = torch.cat([state[f"{theirs}mlp.{n}_proj.weight"] for n in ("gate", "up")])
+    if not model.tied:
+        params["head"] = state["lm_head.weight"]
+    return params
