@@ -48,7 +48,6 @@ def test_each_trouble_is_named_with_its_mend(healthy):
     packages = {"locked": 2, "differing": {"numpy": {"locked": "2.4.6", "installed": "2.0.0"}}, "missing": ["tqdm"]}
     assert "numpy 2.0.0 (locked 2.4.6), tqdm missing" in told(packages=packages)
     assert "make setup" in told(packages=packages)
-    assert "--workers 1" in told(cpu=healthy["cpu"] | {"cores_by_cgroup": 1.5})
     assert "--workers 1" in told(cpu=healthy["cpu"] | {"memory_gb": 1.0})
     assert "only 3 GFLOP/s" in told(gemm_gflops=3.0)
     folders = copy.deepcopy(healthy["folders"])
@@ -57,22 +56,6 @@ def test_each_trouble_is_named_with_its_mend(healthy):
     folders = copy.deepcopy(healthy["folders"])
     folders["store"]["free_gb"] = 1.0
     assert "only 1.0 GB free" in told(folders=folders) and "--store" in told(folders=folders)
-
-
-@pytest.mark.parametrize(("text", "cores"), [("150000 100000\n", 1.5), ("max 100000\n", None), ("", None)])
-def test_a_containers_share_of_the_cores_is_read(tmp_path, text, cores):
-    (tmp_path / "cpu.max").write_text(text)
-    assert room._cgroup_cores(tmp_path) == cores
-
-
-def test_an_older_container_too_and_none_at_all(tmp_path):
-    assert room._cgroup_cores(tmp_path) is None
-    (tmp_path / "cpu").mkdir()
-    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("50000\n")
-    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
-    assert room._cgroup_cores(tmp_path) == 0.5
-    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("-1\n")
-    assert room._cgroup_cores(tmp_path) is None
 
 
 def test_a_folder_to_be_made_is_judged_by_its_parent(tmp_path):

@@ -50,6 +50,11 @@ def test_markup_in_results_is_shown_and_never_run(results):
     assert "<script" not in write_report(results).read_text()
 
 
+def test_a_command_in_a_reason_is_set_as_code(results):
+    _board(results, [ROW | {"reason": "too small; `make reproduce PRESET=cpu` tests it"}])
+    assert "too small; <code>make reproduce PRESET=cpu</code> tests it" in write_report(results).read_text()
+
+
 def test_controls_stand_above_the_board(results):
     _board(
         results,

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -13,6 +14,9 @@ def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
         return options.act(options) or 0
+    except BrokenPipeError:  # the reader of a pipe, head for one, has seen enough
+        sys.stdout = open(os.devnull, "w")
+        return 0
     except KeyboardInterrupt:
         print("\nstopped; finished runs and the state of running ones are kept, the same command goes on", file=sys.stderr)
         return 130

@@ -106,32 +106,19 @@ def _packages(lock: Path) -> dict:
 
 
 def _cpu() -> dict:
-    from etastar.engine.execute import cores
+    from etastar.cores import affinity_cores, cgroup_cores, cores
     from etastar.engine.provenance import machine
 
-    allowed = cores()
-    quota = _cgroup_cores()
+    allowed = affinity_cores()
+    quota = cgroup_cores()
     return {
         "model": machine()["cpu"],
         "cores_of_machine": os.cpu_count(),
         "cores_by_affinity": allowed,
         "cores_by_cgroup": quota,
-        "cores": min(allowed, quota) if quota else allowed,
+        "cores": cores(),
         "memory_gb": _memory_gb(),
     }
-
-
-def _cgroup_cores(root: Path = Path("/sys/fs/cgroup")) -> float | None:
-    """Cores' worth of time a container may use; None where nothing limits it."""
-    try:
-        if (root / "cpu.max").exists():
-            quota, period = (root / "cpu.max").read_text().split()
-        else:
-            quota = (root / "cpu/cpu.cfs_quota_us").read_text()
-            period = (root / "cpu/cpu.cfs_period_us").read_text()
-        return int(quota) / int(period) if int(quota) > 0 else None
-    except (OSError, ValueError):
-        return None
 
 
 def _memory_gb() -> float | None:
@@ -211,7 +198,7 @@ def _corpora() -> list[dict]:
 
 def _execution(found: dict) -> dict:
     """What the engine does here when it is told nothing else."""
-    from etastar.engine.execute import cores
+    from etastar.cores import cores
     from etastar.recipe import Execution
 
     usual = Execution()
@@ -243,11 +230,6 @@ def _warnings(found: dict) -> list[str]:
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         told.append(f"not as locked: {', '.join(wrong[:5])}{more}; results may differ. `make setup` installs the lock")
-    if cpu["cores_by_cgroup"] and cpu["cores_by_cgroup"] < workers:
-        told.append(
-            f"the container may use {cpu['cores_by_cgroup']:g} cores but shows {workers}; "
-            f"give --workers {max(1, int(cpu['cores_by_cgroup']))}, or the workers stall each other"
-        )
     if cpu["memory_gb"] and cpu["memory_gb"] < workers * GB_A_WORKER:
         told.append(
             f"{cpu['memory_gb']:.1f} GB of memory is little for {workers} workers; "

@@ -41,6 +41,11 @@ def repository_root() -> Path:
     return root
 
 
+def from_root(path) -> Path:
+    """A path as a notebook means it: a relative one starts at the repository's root, wherever the kernel was started."""
+    return Path(path) if Path(path).is_absolute() else repository_root() / path
+
+
 def run_notebook(path, parameters: Mapping, out, expected_artefacts: Iterable = ()) -> Path:
     """Execute a copy of a notebook with the running interpreter, from the repository's root; returns the copy's path.
 

@@ -72,7 +72,7 @@ class Corpus:
     options: tuple = ()
 
     def check(self):
-        if not self.source.split(":")[0] in ("python", "synthetic", "files", "hf"):
+        if self.source.split(":")[0] not in ("python", "synthetic", "files", "hf"):
             raise ValueError(
                 f'unknown corpus {self.source!r}; known: "python", "synthetic", "files:GLOB", "hf:REPO@COMMIT"'
             )

@@ -9,7 +9,12 @@ from statsmodels.stats.weightstats import DescrStatsW
 
 import etastar as es
 from etastar.analysis.paired import (
-    Estimate, PooledVariance, mean_estimate, pool_variance, token_equivalent, token_slope,
+    Estimate,
+    PooledVariance,
+    mean_estimate,
+    pool_variance,
+    token_equivalent,
+    token_slope,
 )
 
 D = np.array([0.012, 0.008, 0.015, 0.011, 0.004])

@@ -45,7 +45,7 @@ def random_tables(count=6, length=18, seed=None):
     rng = random.Random(seed)
     shared = [rng.uniform(0.2, 1.0) for _ in range(length)]
     made = []
-    for i in range(count):
+    for _ in range(count):
         cut = rng.randrange(1, length)
         made.append(Table(factors=tuple(shared[:cut] + [rng.uniform(0.0, 1.0) for _ in range(rng.randrange(1, length))])))
     return [recipe(len(t.factors), peak_lr=2**-5, schedule=t) for t in made]

@@ -177,7 +177,8 @@ def _errors(coefficients_S, steps_S, residual_SxP, x, degree, vertex, curvature,
         return tuple(float(np.std(v, ddof=1)) / root for v in (steps_S, losses, curves)) + (seeds - 1,)
     df = residual_SxP.size - (degree + 1)
     if sigma is None and df < 1:
-        raise ValueError(f"{residual_SxP.size} points leave no scatter to judge a fit of degree {degree} by; give sigma, seeds or more rates")
+        raise ValueError(f"{residual_SxP.size} points leave no scatter to judge a fit of degree {degree} by; "
+                         "give sigma, seeds or more rates")
     spread = sigma if sigma is not None else math.sqrt((residual_SxP**2).sum() / df)
     powers = np.arange(degree, -1, -1)
     covariance = np.linalg.inv(np.vander(x, degree + 1).T @ np.vander(x, degree + 1)) * spread**2

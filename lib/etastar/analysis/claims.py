@@ -67,7 +67,8 @@ def load_claims(study: str | None = None, path: Path = REGISTRY) -> dict[str, Cl
     for name in {c.study for c in claims.values()}:
         primaries = [c.id for c in claims.values() if c.study == name and c.primary]
         if len(primaries) > MOST_PRIMARIES:
-            raise ValueError(f"study {name} has {len(primaries)} primary claims, at most {MOST_PRIMARIES} are allowed: {', '.join(primaries)}")
+            raise ValueError(f"study {name} has {len(primaries)} primary claims, at most {MOST_PRIMARIES} are allowed: "
+                             f"{', '.join(primaries)}")
     return {c.id: c for c in claims.values() if study in (None, c.study)}
 
 
@@ -134,10 +135,13 @@ def judge(claim: Claim, estimate: Estimate, *, evidence: str, scale: dict, match
     elif against[0] < LEVEL:
         small = [f"{k} {scale.get(k, 0):.3g} < {v:.3g}" for k, v in claim.minimum_scale.items() if not scale.get(k, 0) >= v]
         verdict = "contradicted" if matching and not small else "differs at this scale"
-        p, reason = against[0], against[2] + (f" ({'; '.join(small) or 'other settings than the paper'})" if verdict != "contradicted" else "")
+        p, reason = against[0], against[2]
+        if verdict != "contradicted":
+            reason += f" ({'; '.join(small) or 'other settings than the paper'})"
     else:
         what = "effect that could have been seen" if claim.kind == "direction" else "margin that could have been shown"
-        reason = f"{for_it[2] if for_it[0] < LEVEL else 'the interval decides neither way'}; the smallest {what} is {detectable:.3g} {claim.unit}"
+        said = for_it[2] if for_it[0] < LEVEL else "the interval decides neither way"
+        reason = f"{said}; the smallest {what} is {detectable:.3g} {claim.unit}"
     return Finding(claim, evidence, estimate, verdict, float(p), detectable, reason, registry_hash())
 
 
@@ -151,7 +155,8 @@ def _direction(claim, e):
     two_sided, on_side = e.p_equals(0.0), e.value * sign > 0
     enough = e.value * sign >= claim.smallest_effect
     said = f"{e.value:+.3g} {claim.unit}, {'at least' if enough else 'short of'} the smallest effect of {claim.smallest_effect:.3g}"
-    return (two_sided if on_side else 1.0, enough, said), (1.0 if on_side else two_sided, True, f"{e.value:+.3g} {claim.unit}, the other side of zero")
+    other = f"{e.value:+.3g} {claim.unit}, the other side of zero"
+    return (two_sided if on_side else 1.0, enough, said), (1.0 if on_side else two_sided, True, other)
 
 
 def _equality(claim, e):
@@ -161,13 +166,14 @@ def _equality(claim, e):
     said = f"{e.value:+.3g} {claim.unit}, within ±{claim.margin:.3g} of {claim.target:.3g}"
     if rival >= LEVEL:
         said += f", but {claim.rival_name} ({claim.rival:.3g}) is not excluded"
-    return (max(inside, rival), True, said), (min(1.0, beyond), True, f"{e.value:+.3g} {claim.unit}, beyond ±{claim.margin:.3g} of {claim.target:.3g}")
+    other = f"{e.value:+.3g} {claim.unit}, beyond ±{claim.margin:.3g} of {claim.target:.3g}"
+    return (max(inside, rival), True, said), (min(1.0, beyond), True, other)
 
 
 def _no_worse(claim, e):
     said = f"{e.value:+.3g} {claim.unit}, not above the margin of {claim.margin:.3g}"
-    return (e.p_above(claim.margin), True, said), (min(1.0, 2 * e.p_below(claim.margin)), True,
-                                                   f"{e.value:+.3g} {claim.unit}, above the margin of {claim.margin:.3g}")
+    other = f"{e.value:+.3g} {claim.unit}, above the margin of {claim.margin:.3g}"
+    return (e.p_above(claim.margin), True, said), (min(1.0, 2 * e.p_below(claim.margin)), True, other)
 
 
 _RULES = {"direction": _direction, "equality": _equality, "number": _equality, "no_worse": _no_worse}

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+from etastar.cores import cores
 from etastar.engine import run as runs
 from etastar.engine.plan import Node, Segment, build_segments, critical_order
 from etastar.engine.slots import stack_key
@@ -20,7 +21,7 @@ from etastar.engine.store import Store, StoreError
 from etastar.engine.worker import Task, Worker
 from etastar.model.parametrization import count_parameters
 from etastar.observe import Observe
-from etastar.recipe import Execution, Recipe
+from etastar.recipe import Recipe
 from etastar.text.batches import check_fits
 from etastar.text.corpora import prepare
 
@@ -122,11 +123,6 @@ def default_layout(sweep: Sweep, workers: int | None, slots: int | None) -> tupl
     if first.execution.device == "cuda":
         return workers or 1, slots or max(1, min(64, 2048 // first.model.width, len(sweep.segments)))
     return min(workers or cores(), len(sweep.segments)), slots or 1
-
-
-def cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def disk_bytes(segments: list[Segment]) -> int:

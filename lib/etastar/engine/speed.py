@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from etastar.cache import cache_folder
+from etastar.cores import cores
 from etastar.engine.checkpoint import write_json
-from etastar.engine.execute import Sweep, cores, default_layout, disk_bytes, one_thread_environment
+from etastar.engine.execute import Sweep, default_layout, disk_bytes, one_thread_environment
 from etastar.engine.plan import Cost, build_segments, schedule_length
 from etastar.engine.provenance import machine
 from etastar.engine.slots import SlotStack, stack_key

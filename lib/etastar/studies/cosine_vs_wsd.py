@@ -15,7 +15,8 @@ import pandas as pd
 from etastar import plots
 from etastar.analysis.board import Board
 from etastar.analysis.bowl import Bowl, EdgeOptimum, cross_fitted, fit_bowl
-from etastar.analysis.claims import Finding, judge as judge_claim, load_claims, untested
+from etastar.analysis.claims import Finding, load_claims, untested
+from etastar.analysis.claims import judge as judge_claim
 from etastar.analysis.controls import Control, aa_control, planted_control, truth_control
 from etastar.analysis.paired import Estimate, PooledVariance, mean_estimate, pool_variance, token_equivalent, token_slope
 from etastar.analysis.power import power_table, seeds_needed
@@ -61,16 +62,16 @@ def recipes(preset: str, minutes: float | None = None) -> list[Recipe]:
     plan = design(preset, minutes)
     full, half = plan.horizon_tokens, plan.horizon_tokens // 2
     made = [plan.recipe(schedule_of(arm, full, plan.warmup_steps), lr, full, seed)
-            for arm in BOWL_ARMS for lr in plan.grid(arm) for seed in plan.seeds]
+            for arm in BOWL_ARMS for lr in plan.grid for seed in plan.seeds]
     made += [plan.recipe(schedule_of("wsd20", half, plan.warmup_steps), lr, half, seed)
-             for lr in plan.grid("wsd20") for seed in plan.seeds]
-    matched = plan.grid("cos10")[len(plan.offsets) // 2]
+             for lr in plan.grid for seed in plan.seeds]
+    matched = plan.grid[len(plan.offsets) // 2]
     made += [plan.recipe(schedule_of(arm, full, plan.warmup_steps), matched, full, seed)
              for arm in plan.cycles for seed in plan.seeds]
     for ratio in plan.branch_tokens_per_param:
         horizon = plan.tokens_per_param(ratio)
         made += [plan.recipe(schedule_of(arm, horizon, plan.warmup_steps), lr, horizon, seed)
-                 for arm in ("cos10", "wsd20") for lr in plan.branch_grid(arm) for seed in plan.branch_seeds]
+                 for arm in ("cos10", "wsd20") for lr in plan.branch_grid for seed in plan.branch_seeds]
     return made
 
 
@@ -79,7 +80,7 @@ def run(preset: str, store="runs", minutes: float | None = None, **options) -> l
     from etastar.engine.execute import run as train
 
     wanted = recipes(preset, minutes)
-    for _ in range(3):
+    for _ in range(3):  # the grid as planned, and two extensions
         runs = train(wanted, store=store, **options)
         more = _extension(runs)
         if not more:
@@ -91,7 +92,7 @@ def run(preset: str, store="runs", minutes: float | None = None, **options) -> l
 def _extension(runs) -> list[Recipe]:
     """Recipes one grid step beyond the edge, for every arm whose mean bowl has its best rate there."""
     frame, more = _frame(runs), []
-    for (arm, horizon), rows in frame[frame.arm.isin(BOWL_ARMS)].groupby(["arm", "horizon_tokens"]):
+    for _, rows in frame[frame.arm.isin(BOWL_ARMS)].groupby(["arm", "horizon_tokens"]):
         mean = rows.groupby("peak_lr").loss.mean()  # NaN where a seed diverged: no extension beyond that
         if len(mean) < 3 or mean.isna().all() or mean.idxmin() not in (mean.index[0], mean.index[-1]):
             continue
@@ -311,9 +312,9 @@ def power(preset: str, minutes: float | None = None) -> pd.DataFrame:
     rows = [{"contrast": name, "runs": 2 * bowl_runs, "seeds": seeds, "tokens": 2 * bowl_runs * tokens}
             for name in ("wsd20 − cos10", "cos0 − cos10")]
     rows += [{"contrast": f"{arm} − cos10", "runs": 2 * seeds, "seeds": seeds, "tokens": 2 * seeds * tokens} for arm in plan.cycles]
-    rows += [{"contrast": f"branch {ratio}: wsd20 − cos10", "runs": 2 * len(plan.branch_offsets) * plan.branch_seed_count,
-              "seeds": plan.branch_seed_count, "tokens": 2 * len(plan.branch_offsets) * plan.branch_seed_count * plan.tokens_per_param(ratio)}
-             for ratio in plan.branch_tokens_per_param]
+    branch_runs = 2 * len(plan.branch_offsets) * plan.branch_seed_count
+    rows += [{"contrast": f"branch {ratio}: wsd20 − cos10", "runs": branch_runs, "seeds": plan.branch_seed_count,
+              "tokens": branch_runs * plan.tokens_per_param(ratio)} for ratio in plan.branch_tokens_per_param]
     return power_table([row | {"sd": plan.sd_nats, "slope": plan.slope_nats} for row in rows])
 
 
@@ -327,8 +328,9 @@ def achieved_power(measured: Measurements) -> pd.DataFrame:
             continue
         e = mean_estimate(per_seed, pooled=None if octaves else measured.pooled)
         slope = abs(float(np.mean(measured.slope))) if len(measured.slope) and not octaves else np.nan
-        rows.append({"contrast": name, "seeds": len(per_seed), "unit": "octaves" if octaves else "nats", "sd": float(np.std(per_seed, ddof=1)),
-                     "detectable": e.detectable(), "provable_margin": e.provable_margin(), "detectable_tokens": e.detectable() / slope,
+        rows.append({"contrast": name, "seeds": len(per_seed), "unit": "octaves" if octaves else "nats",
+                     "sd": float(np.std(per_seed, ddof=1)), "detectable": e.detectable(),
+                     "provable_margin": e.provable_margin(), "detectable_tokens": e.detectable() / slope,
                      "provable_margin_tokens": e.provable_margin() / slope})
     return pd.DataFrame(rows)
 
