@@ -108,10 +108,10 @@ def test_every_other_target_sets_itself_up(target):
 
 
 def test_reproduce_passes_its_variables_on():
-    command = ["make", "-n", "reproduce", "PRESET=smoke", "STUDY=02_cooldown", "MINUTES=5"]
+    command = ["make", "--no-print-directory", "-n", "reproduce", "PRESET=smoke", "STUDY=02_cooldown", "MINUTES=5"]
     told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert told.rstrip().endswith("reproduce --preset smoke --study 02_cooldown --minutes 5")
-    plain = subprocess.run(command[:3], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    plain = subprocess.run(command[:4], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert plain.rstrip().endswith("reproduce --preset auto --study all")
 
 

@@ -13,7 +13,7 @@ _PUBLIC = {
     "engine.run": ("Run",),
     "analysis.bowl": ("fit_bowl", "Bowl", "EdgeOptimum"),
     "analysis.paired": ("compare",),
-    "analysis.claims": ("verdicts",),
+    "analysis.board": ("verdicts",),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = sorted(_HOME)

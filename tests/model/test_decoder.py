@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from etastar.model.decoder import Decoder, init_parameters, logits, loss, token_losses
+from etastar.model.decoder import Decoder, init_parameters, logits, loss, stack, token_losses, unstack
 from etastar.model.parametrization import as_table, count_parameters, flops_per_token, numbers, parameter_shapes, scalars
 from etastar.recipe import SP, AdamW, Corpus, Model, Recipe
 from etastar.schedules import Constant
@@ -15,8 +15,7 @@ BY = scalars(SP(), MODEL)
 
 
 def stacked(seeds, model=MODEL, vocab=64):
-    made = [init_parameters(model, vocab, SP(init_std=0.1), s) for s in seeds]
-    return {name: torch.stack([m[name] for m in made]) for name in made[0]}
+    return stack([init_parameters(model, vocab, SP(init_std=0.1), s) for s in seeds])
 
 
 def tokens(slots=1, batch=3, length=17, seed=0):
@@ -59,6 +58,14 @@ def test_initial_parameters_have_the_deviation_asked_for_and_streams_of_their_ow
     other = init_parameters(Model(width=128, depth=2, head_dim=32), 512, SP(init_std=0.02), seed=2)
     assert not torch.equal(params["embedding"], other["embedding"])
     assert not torch.equal(params["layers.0.qkv"], params["layers.1.qkv"])
+
+
+def test_unstacking_gives_back_copies_of_what_was_stacked():
+    params, alone = stacked([3, 4]), init_parameters(MODEL, 64, SP(init_std=0.1), 4)
+    taken = unstack(params, 1)
+    assert list(taken) == list(alone) and all(torch.equal(taken[name], alone[name]) for name in alone)
+    taken["embedding"].zero_()
+    assert torch.equal(params["embedding"][1], alone["embedding"]) and taken["layers.0.qkv"].is_contiguous()
 
 
 def test_the_future_is_not_seen():

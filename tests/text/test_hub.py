@@ -95,4 +95,10 @@ def test_a_snapshot_that_is_not_whole_is_refused(hub, tmp_path):
     for path in (tmp_path / "hf").rglob("part-0.jsonl"):
         path.unlink()
     told = prepare_in_a_process(tmp_path, "http://127.0.0.1:9", HF_HUB_OFFLINE="1", ETASTAR_CACHE=str(tmp_path / "other"))
-    assert told.returncode != 0 and "is not whole: data/part-0.jsonl is missing" in told.stderr, told.stderr
+    assert told.returncode != 0 and "at 0123456789ab cannot be had" in told.stderr.splitlines()[-1], told.stderr
+
+
+@pytest.mark.slow
+def test_a_dataset_that_is_not_there_is_told_in_one_line(hub, tmp_path):
+    told = prepare_in_a_process(tmp_path, hub, source=f"hf:owner/other@{COMMIT}")
+    assert told.returncode != 0 and "the dataset owner/other at 0123456789ab cannot be had" in told.stderr.splitlines()[-1]

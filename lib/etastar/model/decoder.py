@@ -9,6 +9,7 @@ import hashlib
 import torch
 import torch.nn.functional as F
 
+from etastar.model.functions import Linear, Normalize, Surprise, Turn
 from etastar.model.parametrization import Scalars, numbers, scalars
 from etastar.recipe import SP, Model
 
@@ -31,12 +32,21 @@ def init_parameters(model: Model, vocab: int, parametrization: SP, seed: int) ->
     return params
 
 
+def stack(runs: list[Params]) -> Params:
+    """Parameters of several runs in one set of tensors, (M, …)."""
+    return {name: torch.stack([params[name] for params in runs]) for name in runs[0]}
+
+
+def unstack(params: Params, slot: int) -> Params:
+    """Contiguous copies of one slot's parameters."""
+    return {name: tensor[slot].detach().clone() for name, tensor in params.items()}
+
+
 def token_losses(params: Params, tokens_MxBxT1: torch.Tensor, model: Model, by: Scalars) -> torch.Tensor:
-    """Cross-entropy in nats of every predicted token: (M, B, T) from tokens (M, B, T + 1)."""
-    logits_MxNxV = logits(params, tokens_MxBxT1[..., :-1], model, by).flatten(1, 2)
-    targets_MxN = tokens_MxBxT1[..., 1:].flatten(1)
-    loss = F.cross_entropy(logits_MxNxV.flatten(0, 1).float(), targets_MxN.flatten(), reduction="none")
-    return loss.view(len(tokens_MxBxT1), tokens_MxBxT1.shape[1], -1)
+    """Cross-entropy in nats of every predicted token: (M, B, T) from tokens (M, B, T + 1) int64."""
+    targets_MxBxT = tokens_MxBxT1[..., 1:]
+    x_MxNxD = _blocks(params, tokens_MxBxT1[..., :-1], model, by)
+    return Surprise.apply(x_MxNxD, _head(params, model, by), targets_MxBxT.flatten(1)).view(targets_MxBxT.shape)
 
 
 def loss(params: Params, tokens_MxBxT1: torch.Tensor, model: Model, by: Scalars) -> torch.Tensor:
@@ -46,77 +56,64 @@ def loss(params: Params, tokens_MxBxT1: torch.Tensor, model: Model, by: Scalars)
 
 def logits(params: Params, tokens_MxBxT: torch.Tensor, model: Model, by: Scalars) -> torch.Tensor:
     """Logits (M, B, T, V) of tokens (M, B, T) int64."""
-    slots, batch, length = tokens_MxBxT.shape
+    out_MxNxV = Linear.apply(_blocks(params, tokens_MxBxT, model, by), _head(params, model, by))
+    return out_MxNxV.view(*tokens_MxBxT.shape, -1)
+
+
+def _blocks(params: Params, tokens_MxBxT: torch.Tensor, model: Model, by: Scalars) -> torch.Tensor:
+    """The residual stream after all blocks, normalized, without the last gain: (M, N, D) with N = B · T."""
     x_MxNxD = _embed(tokens_MxBxT.flatten(1), params["embedding"])
     if by.embedding != 1.0:
         x_MxNxD = x_MxNxD * by.embedding
-    tables = _rotary(length, model.head_dim, model.rope_theta, x_MxNxD.device)
+    turn = _rotary(tokens_MxBxT.shape[2], model, x_MxNxD.device)
     for i in range(model.depth):
-        layer = {name: params[f"layers.{i}.{name}"] for name in _LAYER}
-        h_MxNxD = _norm(x_MxNxD, layer["attention_norm"], model.norm_eps)
-        h_MxNxD = _attend(h_MxNxD, layer, model, by, (slots, batch, length), tables)
-        x_MxNxD = _add(x_MxNxD, h_MxNxD, by.residual)
-        h_MxNxD = _norm(x_MxNxD, layer["mlp_norm"], model.norm_eps)
-        gate, up = _linear(h_MxNxD, layer["gate_up"]).chunk(2, dim=-1)
-        x_MxNxD = _add(x_MxNxD, _linear(F.silu(gate) * up, layer["mlp_out"]), by.residual)
-    x_MxNxD = _norm(x_MxNxD, params["final_norm"], model.norm_eps)
-    out_MxNxV = _linear(x_MxNxD, params["embedding"] if model.tied else params["head"])
-    if by.logits != 1.0:
-        out_MxNxV = out_MxNxV / by.logits
-    return out_MxNxV.view(slots, batch, length, -1)
+        attention_norm, qkv, attention_out, mlp_norm, gate_up, mlp_out = (params[f"layers.{i}.{name}"] for name in _LAYER)
+        h_MxNxD = _mix(_gained(x_MxNxD, attention_norm, qkv, model), model, by, tokens_MxBxT.shape, turn)
+        x_MxNxD = torch.add(x_MxNxD, Linear.apply(h_MxNxD, attention_out), alpha=by.residual)
+        gate, up = _gained(x_MxNxD, mlp_norm, gate_up, model).chunk(2, dim=-1)
+        x_MxNxD = torch.add(x_MxNxD, Linear.apply(F.silu(gate) * up, mlp_out), alpha=by.residual)
+    return Normalize.apply(x_MxNxD, model.norm_eps)
 
 
 _LAYER = ("attention_norm", "qkv", "attention_out", "mlp_norm", "gate_up", "mlp_out")
 
 
-def _attend(h_MxNxD, layer, model: Model, by: Scalars, shape, tables):
+def _gained(x_MxNxD, gain_MxD, w_MxOxD, model: Model) -> torch.Tensor:
+    """A linear map of the normalized stream, (M, N, O); the gain is put into the matrix, the smaller of the two."""
+    return Linear.apply(Normalize.apply(x_MxNxD, model.norm_eps), w_MxOxD * gain_MxD[:, None])
+
+
+def _head(params: Params, model: Model, by: Scalars) -> torch.Tensor:
+    """The output matrix (M, V, D) with the last gain and the logits multiplier in it."""
+    gain_MxD = params["final_norm"] if by.logits == 1.0 else params["final_norm"] / by.logits
+    return params["embedding" if model.tied else "head"] * gain_MxD[:, None]
+
+
+def _mix(qkv_MxNxC, model: Model, by: Scalars, shape, turn) -> torch.Tensor:
     """Causal attention; slots and sequences share SDPA's batch axis, so that each pair is on its own."""
     slots, batch, length = shape
-    heads, kv = model.heads, model.resolved_kv_heads
-    qkv = _linear(h_MxNxD, layer["qkv"]).view(slots * batch, length, heads + 2 * kv, model.head_dim).transpose(1, 2)
-    qk = _rotate(qkv[:, : heads + kv], *tables)
-    mixed = F.scaled_dot_product_attention(qk[:, :heads], qk[:, heads:], qkv[:, heads + kv :], is_causal=True,
-                                           scale=by.attention, enable_gqa=kv != heads)
-    return _linear(mixed.transpose(1, 2).reshape(slots, batch * length, heads * model.head_dim), layer["attention_out"])
-
-
-def _linear(x_MxNxI: torch.Tensor, w_MxOxI: torch.Tensor) -> torch.Tensor:
-    """x wᵀ of each slot. On a CPU slot by slot, the product a solo run makes; elsewhere one batched product."""
-    if x_MxNxI.device.type == "cpu":
-        return _join([F.linear(x, w) for x, w in zip(x_MxNxI.unbind(), w_MxOxI.unbind(), strict=True)])
-    return torch.bmm(x_MxNxI, w_MxOxI.transpose(1, 2))
+    kinds = model.heads, model.resolved_kv_heads, model.resolved_kv_heads
+    qkv_SxTxAxH = Turn.apply(qkv_MxNxC.view(slots * batch, length, sum(kinds), model.head_dim), *turn)
+    q, k, v = (part.transpose(1, 2) for part in qkv_SxTxAxH.split(kinds, dim=2))
+    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=by.attention, enable_gqa=kinds[0] != kinds[1])
+    return mixed.transpose(1, 2).reshape(slots, batch * length, model.heads * model.head_dim)
 
 
 def _embed(tokens_MxN: torch.Tensor, table_MxVxD: torch.Tensor) -> torch.Tensor:
-    if tokens_MxN.device.type == "cpu":
-        return _join([F.embedding(t, e) for t, e in zip(tokens_MxN.unbind(), table_MxVxD.unbind(), strict=True)])
     first_M = torch.arange(len(tokens_MxN), device=tokens_MxN.device) * table_MxVxD.shape[1]
     return F.embedding(tokens_MxN + first_M[:, None], table_MxVxD.reshape(-1, table_MxVxD.shape[2]))
 
 
-def _join(slots: list[torch.Tensor]) -> torch.Tensor:
-    return slots[0][None] if len(slots) == 1 else torch.stack(slots)  # one slot needs no copy
-
-
-def _norm(x_MxNxD: torch.Tensor, gain_MxD: torch.Tensor, eps: float) -> torch.Tensor:
-    return F.rms_norm(x_MxNxD, x_MxNxD.shape[-1:], eps=eps) * gain_MxD[:, None]
-
-
-def _add(x: torch.Tensor, h: torch.Tensor, multiplier: float) -> torch.Tensor:
-    return x + h if multiplier == 1.0 else x + h * multiplier
-
-
-def _rotate(x: torch.Tensor, cos_TxH: torch.Tensor, sin_TxH: torch.Tensor) -> torch.Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return x * cos_TxH + torch.cat((-second, first), dim=-1) * sin_TxH
-
-
 @functools.lru_cache(maxsize=32)
-def _rotary(length: int, head_dim: int, theta: float, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin (length, head_dim) of rotary positions (arXiv 2104.09864), halves laid out as transformers does."""
-    rate = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    angle = torch.outer(torch.arange(length, dtype=torch.float32), rate).repeat(1, 2)
-    return angle.cos().to(device), angle.sin().to(device)
+def _rotary(length: int, model: Model, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin (length, heads, head_dim) for queries, keys and values side by side; values do not turn."""
+    rate = model.rope_theta ** -(torch.arange(0, model.head_dim, 2, dtype=torch.float32) / model.head_dim)
+    angle = torch.outer(torch.arange(length, dtype=torch.float32), rate)
+    cos, sin = torch.cat((angle.cos(),) * 2, dim=1), torch.cat((-angle.sin(), angle.sin()), dim=1)
+    turning, still = model.heads + model.resolved_kv_heads, model.resolved_kv_heads
+    tables = (torch.stack([table] * turning + [rest] * still, dim=1) for table, rest in
+              ((cos, torch.ones_like(cos)), (sin, torch.zeros_like(sin))))
+    return tuple(table.to(device) for table in tables)
 
 
 class Decoder(torch.nn.Module):

@@ -20,6 +20,7 @@ class ParameterNumbers:
     init_std: float | None
     lr_multiplier: float
     decay_multiplier: float
+    eps_multiplier: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)

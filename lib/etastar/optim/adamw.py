@@ -1,7 +1,7 @@
 """AdamW on a stack: one flat buffer a quantity, (M, P), with each slot's own rate, decay, betas, clip and step count.
 
-Same arithmetic as torch.optim.AdamW, slot by slot; the P parameters of a slot lie side by side, so that a step is a
-dozen element-wise operations whatever the number of tensors.
+The arithmetic of torch.optim.AdamW in its order, slot by slot, so that the bits are the same; the P parameters of a slot lie
+side by side, so that a step is a dozen element-wise operations whatever the number of tensors.
 """
 
 import math
@@ -15,14 +15,19 @@ ALIGN = 64  # floats: every parameter starts on a cache line and a vector, so th
 
 
 class Flat:
-    """One (M, P) buffer and a view (M, *shape) of it for each parameter."""
+    """One (M, P) buffer and a view (M, *shape) of it for each parameter.
+
+    Parameters with equal multipliers lie side by side; `groups` holds (first, last + 1, ParameterNumbers) of each such stretch.
+    """
 
     def __init__(self, table: dict[str, ParameterNumbers], slots: int, device):
-        self.table, self.spans, size = table, {}, 0
-        for name, row in table.items():
-            length = math.prod(row.shape)
-            self.spans[name] = (size, size + length)
-            size += -(-length // ALIGN) * ALIGN
+        self.table, self.spans, self.groups, size = table, {}, [], 0
+        for name, row in sorted(table.items(), key=lambda item: _multipliers(item[1])):
+            start, size = size, size + -(-math.prod(row.shape) // ALIGN) * ALIGN
+            self.spans[name] = (start, start + math.prod(row.shape))
+            if self.groups and _multipliers(self.groups[-1][2]) == _multipliers(row):
+                start = self.groups.pop()[0]
+            self.groups.append((start, size, row))
         self.data = torch.zeros(slots, size, device=device)
 
     def like(self) -> torch.Tensor:
@@ -31,14 +36,11 @@ class Flat:
 
     def views(self, data: torch.Tensor) -> dict[str, torch.Tensor]:
         """Views (M, *shape) into a buffer of this layout, by name."""
-        return {name: data[:, a:b].view(-1, *self.table[name].shape) for name, (a, b) in self.spans.items()}
+        return {name: data[:, slice(*self.spans[name])].view(-1, *row.shape) for name, row in self.table.items()}
 
-    def spread(self, field: str) -> torch.Tensor:
-        """A number of each parameter's table row, spread over its floats: (P,)."""
-        out_P = torch.zeros(self.data.shape[1])
-        for name, (a, b) in self.spans.items():
-            out_P[a:b] = getattr(self.table[name], field)
-        return out_P.to(self.data.device)
+
+def _multipliers(row: ParameterNumbers) -> tuple[float, ...]:
+    return row.lr_multiplier, row.decay_multiplier, row.eps_multiplier
 
 
 class StackedAdamW:
@@ -48,7 +50,6 @@ class StackedAdamW:
         self.flat = flat
         slots, device = len(flat.data), flat.data.device
         self.m_MxP, self.v_MxP = flat.like(), flat.like()
-        self.lr_P, self.decay_P = flat.spread("lr_multiplier"), flat.spread("decay_multiplier")
         self.options = {name: torch.zeros(slots, 1, dtype=torch.float64, device=device) for name in OPTIONS}
 
     def configure(self, slot: int, optimizer: AdamW) -> None:
@@ -70,25 +71,29 @@ class StackedAdamW:
     def step(self, grad_MxP: torch.Tensor, lr_M: torch.Tensor, step_M: torch.Tensor, alive_M: torch.Tensor) -> None:
         """One AdamW update (arXiv 1711.05101, Alg. 2) of every slot that is alive; the others keep every bit.
 
-        `lr_M` float64 is the rate of this step, `step_M` the number of this step counted from 1.
+        `lr_M` float64 is the rate of this step, `step_M` the number of this step counted from 1. Numbers of a slot are float64
+        until they meet a tensor, as in torch.
         """
-        o = self.options
-        bias1 = 1 - o["beta1"] ** step_M[:, None]
-        bias2_root = (1 - o["beta2"] ** step_M[:, None]).sqrt().float()
-        lr_Mx1 = lr_M[:, None]
-        rate_MxP = (lr_Mx1 / bias1).float() * self.lr_P
-        keep_MxP = 1 - (lr_Mx1 * o["weight_decay"]).float() * (self.lr_P * self.decay_P)
-        m_MxP = self.m_MxP * o["beta1"].float() + grad_MxP * (1 - o["beta1"]).float()
-        v_MxP = self.v_MxP * o["beta2"].float() + grad_MxP * grad_MxP * (1 - o["beta2"]).float()
-        new_MxP = self.flat.data * keep_MxP - rate_MxP * m_MxP / (v_MxP.sqrt() / bias2_root + o["eps"].float())
-        if bool(alive_M.all()):
-            self.m_MxP, self.v_MxP = m_MxP, v_MxP
-            self.flat.data.copy_(new_MxP)
-            return
-        alive_Mx1 = alive_M[:, None]
-        self.m_MxP = torch.where(alive_Mx1, m_MxP, self.m_MxP)
-        self.v_MxP = torch.where(alive_Mx1, v_MxP, self.v_MxP)
-        self.flat.data.copy_(torch.where(alive_Mx1, new_MxP, self.flat.data))
+        o, lr_Mx1 = self.options, lr_M[:, None]
+        bias1_Mx1 = 1 - o["beta1"] ** step_M[:, None]
+        bias2_root_Mx1 = (1 - o["beta2"] ** step_M[:, None]).sqrt().float()
+        m_MxP = torch.lerp(self.m_MxP, grad_MxP, (1 - o["beta1"]).float())
+        v_MxP = (self.v_MxP * o["beta2"].float()).addcmul_(grad_MxP * (1 - o["beta2"]).float(), grad_MxP)
+        root_MxP = v_MxP.sqrt().div_(bias2_root_Mx1)
+        new_MxP = self.flat.data.clone()
+        for start, stop, by in self.flat.groups:
+            new, m, root = (tensor[:, start:stop] for tensor in (new_MxP, m_MxP, root_MxP))
+            rate_Mx1 = lr_Mx1 * by.lr_multiplier
+            if by.decay_multiplier:
+                new.mul_((1 - rate_Mx1 * o["weight_decay"] * by.decay_multiplier).float())
+            new.addcdiv_(m * (-rate_Mx1 / bias1_Mx1).float(), root.add_((o["eps"] * by.eps_multiplier).float()))
+        if alive_M.is_cuda or not bool(alive_M.all()):  # asking a GPU would make the host wait for it
+            alive_Mx1 = alive_M[:, None]
+            m_MxP = torch.where(alive_Mx1, m_MxP, self.m_MxP)
+            v_MxP = torch.where(alive_Mx1, v_MxP, self.v_MxP)
+            new_MxP = torch.where(alive_Mx1, new_MxP, self.flat.data)
+        self.m_MxP, self.v_MxP = m_MxP, v_MxP
+        self.flat.data.copy_(new_MxP)
 
 
 OPTIONS = ("weight_decay", "beta1", "beta2", "eps", "clip_norm")

@@ -66,9 +66,14 @@ def _hub_files(source: str) -> list[Path]:
     """Text files of a dataset repository at a pinned commit; a snapshot that lacks one of them is refused."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.constants import is_offline_mode
+    from huggingface_hub.errors import HfHubHTTPError
 
     repo, commit = hub_source(source)
-    folder = Path(snapshot_download(repo, repo_type="dataset", revision=commit, allow_patterns=[f"*{s}" for s in READABLE]))
+    try:
+        folder = Path(snapshot_download(repo, repo_type="dataset", revision=commit, allow_patterns=[f"*{s}" for s in READABLE]))
+    except (HfHubHTTPError, OSError, ValueError) as error:  # offline, unknown, gated, no route: the client says which
+        raise ValueError(f"the dataset {repo} at {commit[:12]} cannot be had: {str(error).splitlines()[0]}; "
+                         "check the name, the commit and the network (HF_ENDPOINT, HF_HUB_OFFLINE)") from None
     paths = sorted(path for path in folder.rglob("*") if path.suffix in READABLE and path.is_file())
     listing = folder.parent.parent / f"etastar-{commit}.json"  # beside the snapshot, for the day there is no network
     if is_offline_mode():

@@ -1,0 +1,75 @@
+"""The command line from end to end on tiny recipes, and one clear line for what cannot be."""
+
+import json
+
+import pytest
+
+from etastar import cli
+from tiny import BATCH, recipe, wsd
+
+
+@pytest.fixture
+def etastar(tmp_path, monkeypatch, capsys):
+    """Run a command in an empty folder: (exit status, standard output, standard error)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words):
+        status = cli.main([str(w) for w in words])
+        told = capsys.readouterr()
+        return status, told.out, told.err
+
+    (tmp_path / "sweep.json").write_text(json.dumps([json.loads(recipe(20, schedule=wsd(4)).to_json()),
+                                                     json.loads(recipe(12).to_json())]))
+    return call
+
+
+def test_plan_run_look_branch_export_and_clean_up(etastar, tmp_path):
+    status, out, _ = etastar("plan", "sweep.json", "--json", "--no-measure")
+    cost = json.loads(out)["cost"]
+    assert status == 0 and (cost["runs"], cost["done"], cost["tokens"]) == (2, 0, 20 * BATCH)
+    assert cost["tokens_without_sharing"] == 32 * BATCH and cost["seconds"] is None
+    status, out, _ = etastar("run", "sweep.json", "--json", "--workers", 1)
+    rows = json.loads(out)
+    assert status == 0 and [r["status"] for r in rows] == ["done", "done"]
+    assert json.loads(etastar("plan", "sweep.json", "--json")[1])["cost"]["tokens"] == 0
+    _, out, _ = etastar("runs", "list", "--json")
+    assert {r["run_id"] for r in json.loads(out)} == {r["run_id"] for r in rows}
+    _, out, _ = etastar("runs", "show", rows[0]["run_id"])
+    assert json.loads(out)["recipe"]["schedule"]["kind"] == "WSD"
+    status, out, _ = etastar("branch", rows[1]["run_id"], "--at-tokens", 8 * BATCH, "--horizon-tokens", 10 * BATCH, "--schedule",
+                             '{"kind": "WSD", "cooldown_fraction": 1}', "--json")
+    assert status == 0 and json.loads(out)["status"] == "done"
+    assert "3 runs written" in etastar("runs", "export", "table.csv")[1] and (tmp_path / "table.csv").exists()
+    assert "removed .nodes" in etastar("runs", "gc", "--states")[1]
+
+
+def test_parameters_are_printed_as_a_table(etastar):
+    _, out, _ = etastar("plan", "sweep.json", "--parameters")
+    assert "layers.1.mlp_out" in out and "weight_decay" in out
+
+
+def test_a_study_is_planned_with_its_power_and_what_an_effect_needs(etastar):
+    status, out, _ = etastar("plan", "01_cosine_vs_wsd", "--preset", "paper", "--resolve", "0.002", "--json")
+    told = json.loads(out)
+    assert status == 0 and told["cost"]["flops"] > 1e18 and told["resolve"]["seeds"] > 10
+    assert told["power"][0]["contrast"] == "wsd20 − cos10"
+
+
+@pytest.mark.parametrize("words, said", [
+    (("run", "nope"), "unknown study 'nope'"),
+    (("run", "nope.json"), "no file nope.json"),
+    (("runs", "show"), "needs a run id"),
+    (("runs", "show", "abc"), "no finished run 'abc'"),
+    (("runs", "export", "x.xls"), "ends in .csv or .parquet"),
+    (("reproduce", "--study", "nope", "--preset", "smoke"), "unknown study 'nope'"),
+    (("plan", "01", "--preset", "smoke", "--minutes", "-3", "--no-measure"), "minutes must be positive"),
+])
+def test_one_clear_line_for_what_cannot_be(etastar, words, said):
+    status, _, err = etastar(*words)
+    assert status == 2 and said in err and "Traceback" not in err and len(err.strip().splitlines()) == 1
+
+
+def test_an_unknown_key_in_a_file_of_recipes_is_named(etastar, tmp_path):
+    (tmp_path / "bad.json").write_text((tmp_path / "sweep.json").read_text().replace("peak_lr", "peak_rl"))
+    status, _, err = etastar("run", "bad.json")
+    assert status == 2 and "unknown key 'peak_rl'" in err
