@@ -51,9 +51,8 @@ data: $(STAMP) ## download the published run logs and check their sha256
 report: $(STAMP) ## write the report of a preset's results again [PRESET=]
 	$(ETASTAR) report --preset $(PRESET)
 
-bench: $(STAMP) ## training speed of this machine, as JSON rows
-	@if $(ETASTAR) bench --help >/dev/null 2>&1; then $(ETASTAR) bench train --json; else \
-	echo "this version has no 'etastar bench' yet: nothing was measured; 'etastar doctor' times one core"; fi
+bench: $(STAMP) ## training speed of this machine beside a plain torch loop, as JSON rows
+	$(PY) benchmarks/train.py
 
 clean: ## remove caches, build products and results/; runs/ and .venv stay
 	rm -rf results build dist lib/*.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -160,3 +160,8 @@ def test_the_callers_style_is_left_alone(losses):
     with matplotlib.rc_context({"grid.color": "#123456", "savefig.dpi": 17}):
         plots.lr_bowls(losses)
         assert (matplotlib.rcParams["grid.color"], matplotlib.rcParams["savefig.dpi"]) == ("#123456", 17)
+
+
+def test_a_notebook_shows_a_figure_as_a_picture():
+    figure = plots.schedule_lines({"a": np.ones(4)}, 1024)
+    assert figure._repr_png_().startswith(b"\x89PNG")

@@ -1,6 +1,7 @@
 """Figures: pure functions from a frame to a matplotlib Figure, all in one style, plus `save`."""
 
 import functools
+import io
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,17 +45,27 @@ def _styled(function):
     return draw
 
 
+class Drawing(Figure):
+    """A figure that a notebook shows as a picture without pyplot, which none of this needs."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        with context(STYLE):
+            self.savefig(buffer, format="png", dpi=110)
+        return buffer.getvalue()
+
+
 @_styled
-def schedule_lines(curves: Mapping[str, np.ndarray], batch_tokens: int) -> Figure:
+def schedule_lines(curves: Mapping[str, np.ndarray], batch_tokens: int, label: str = "learning rate") -> Figure:
     """Learning rate over tokens seen, one line a schedule; each array holds the rate of every step."""
     _some(curves, "schedules")
-    fig = Figure(layout="constrained")
+    fig = Drawing(layout="constrained")
     ax = fig.subplots()
     for (name, lr), mark in zip(curves.items(), _marks(curves), strict=True):
         ax.plot(
             (np.arange(len(lr)) + 1) * batch_tokens, lr, color=mark["color"], linestyle=mark["linestyle"], label=name
         )
-    ax.set(xlabel="tokens", ylabel="learning rate", ylim=(0, None), xlim=(0, None))
+    ax.set(xlabel="tokens", ylabel=label, ylim=(0, None), xlim=(0, None))
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     _legend(fig, ax)
     return fig
@@ -68,7 +79,7 @@ def lr_bowls(frame: pd.DataFrame, bowls: Mapping | None = None) -> Figure:
     """
     _need(frame, "arm", "peak_lr", "loss", "seed")
     bowls = bowls or {}
-    fig = Figure(layout="constrained", figsize=(7, 4.4))
+    fig = Drawing(layout="constrained", figsize=(7, 4.4))
     ax = fig.subplots()
     arms = list(frame["arm"].unique())
     for (i, arm), mark in zip(enumerate(arms), _marks(arms), strict=True):
@@ -108,7 +119,7 @@ def loss_curves(frame: pd.DataFrame) -> Figure:
     ]
     if not shown:
         raise ValueError(f"loss_curves needs a column val_loss or train_loss; got {', '.join(frame.columns)}")
-    fig = Figure(layout="constrained", figsize=(4.4 * len(shown) + 2.6 * (len(shown) == 1), 4.2))
+    fig = Drawing(layout="constrained", figsize=(4.4 * len(shown) + 2.6 * (len(shown) == 1), 4.2))
     panels = fig.subplots(1, len(shown), squeeze=False)[0]
     arms = list(frame["arm"].unique())
     for ax, (column, label) in zip(panels, shown, strict=True):
@@ -138,7 +149,7 @@ def verdict_forest(board: pd.DataFrame) -> Figure:
     units = rows["unit"].fillna("") if "unit" in rows else pd.Series("", index=rows.index)
     groups = [(unit, rows[units == unit]) for unit in units.unique()]
     heights = [len(group) + 1.4 for _, group in groups]
-    fig = Figure(layout="constrained", figsize=(9, 0.42 * sum(heights) + 0.9))
+    fig = Drawing(layout="constrained", figsize=(9, 0.42 * sum(heights) + 0.9))
     panels = fig.subplots(len(groups), 1, squeeze=False, height_ratios=heights)[:, 0]
     for ax, (unit, group) in zip(panels, groups, strict=True):
         _forest_panel(ax, unit, group)
@@ -162,7 +173,7 @@ def paired_differences(
     """
     _need(frame, "contrast", "seed", "difference")
     contrasts = list(frame["contrast"].unique())
-    fig = Figure(layout="constrained", figsize=(7.5, 0.6 * len(contrasts) + 1.6))
+    fig = Drawing(layout="constrained", figsize=(7.5, 0.6 * len(contrasts) + 1.6))
     ax = fig.subplots()
     if margin is not None:
         ax.axvspan(-margin, margin, color="#56B4E9", alpha=0.15, lw=0, label=f"within ±{margin:g}: equal")

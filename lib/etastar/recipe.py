@@ -183,13 +183,13 @@ class Recipe:
     @property
     def run_id(self) -> str:
         """Stable 16-digit hash of all that decides the run's bits; the name of its folder in a store."""
-        return digest(self, self.corpus_fingerprint)
+        return digest(self, self.corpus_fingerprint, NUMERICS)
 
     @property
     def trunk_id(self) -> str:
         """Hash of everything but the control arrays: recipes that share it share every step whose controls agree."""
         fixed = [getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _CONTROLS]
-        return digest(*fixed, self.resolved_data_seed, self.corpus_fingerprint)
+        return digest(*fixed, self.resolved_data_seed, self.corpus_fingerprint, NUMERICS)
 
     @property
     def corpus_fingerprint(self) -> str:
@@ -217,6 +217,8 @@ class Recipe:
             raise ValueError(f"expected a Recipe; got kind {body.get('kind')!r}")
         return recipe
 
+
+NUMERICS = 1  # of a training step: raise it when the same recipe comes to train other bits, and old runs are not continued
 
 _CONTROLS = ("schedule", "peak_lr", "horizon_tokens", "data_seed", "repeat")
 

@@ -85,6 +85,6 @@ def test_bfloat16_stays_near_float32_and_gradients_come_back_in_float32():
 def test_a_slot_of_nans_leaves_the_others_products_alone():
     a, b = torch.randn(3, 4, 5), torch.randn(3, 5, 6)
     clean = product(a, b)
-    a[1] = float("nan")
+    a[1] = b[1] = float("nan")
     mixed = product(a, b)
     assert torch.equal(mixed[0], clean[0]) and torch.equal(mixed[2], clean[2]) and mixed[1].isnan().all()

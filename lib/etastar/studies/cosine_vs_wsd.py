@@ -280,7 +280,7 @@ def figures(measured: Measurements, board: Board | None = None) -> dict:
     warmup = max(1, steps // 20)
     lines = {arm: schedule_of(arm, measured.horizon_tokens, warmup).lr(steps, peak_lr=1.0, batch_tokens=batch)
              for arm in (*BOWL_ARMS, *(a for a in CYCLES if a in set(measured.frame.arm)))}
-    made = {"schedules": plots.schedule_lines(lines, batch)}
+    made = {"schedules": plots.schedule_lines(lines, batch, "learning rate, as a share of the peak")}
     at = measured.frame[(measured.frame.horizon_tokens == measured.horizon_tokens) & measured.frame.arm.isin(BOWL_ARMS)]
     made["bowls"] = plots.lr_bowls(at, {a: b for a, b in measured.bowls.items() if a in BOWL_ARMS})
     rows = [{"contrast": name, "seed": i, "difference": d} for name, values in measured.differences.items()

@@ -11,6 +11,13 @@ from etastar.analysis.controls import Control
 from etastar.engine.provenance import machine
 
 
+def table(frame: pd.DataFrame):
+    """A frame for a notebook's reader: text whole and to the left, four digits, – for what is not there."""
+    texts = [c for c in frame if frame[c].map(lambda v: isinstance(v, str)).any()]
+    return (frame.style.hide(axis="index").format(precision=4, na_rep="–", thousands=",")
+            .set_properties(**{"vertical-align": "top"}).set_properties(subset=texts, **{"text-align": "left"}))
+
+
 def claims_table(study: str) -> pd.DataFrame:
     """What a study's claims say and by what they are judged."""
     return pd.DataFrame([{
