@@ -1,5 +1,6 @@
 """Bits through the public surface: branch = straight, resumed = uninterrupted, slot = solo, whoever the neighbours are."""
 
+import json
 import os
 import random
 import signal
@@ -182,3 +183,18 @@ def test_killed_at_ten_random_moments_a_sweep_ends_with_the_same_bits(straight, 
         assert_same_bits(run, straight(run.recipe))
     assert killed == 10, f"only {killed} kills hit the sweep (seed {seed})"
     assert not list((tmp_path / ".partial").glob("*")) or Store(tmp_path).collect_garbage()
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_where_every_run_stands_and_the_sweep_goes_on_from_there(straight, tmp_path):
+    script = SCRIPT.format(tests=str(Path(__file__).parent), store=str(tmp_path)).replace("snapshot_seconds=0.3", "snapshot_seconds=1e9")
+    process = subprocess.Popen([sys.executable, "-c", script], start_new_session=True, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list(tmp_path.glob(".nodes/*/*/meta.json")):
+        time.sleep(0.02)
+    time.sleep(0.7)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
+    assert "KeyboardInterrupt" in process.communicate(timeout=60)[1] and process.returncode != 0
+    kinds = [json.loads(path.read_text())["kind"] for path in tmp_path.glob(".nodes/*/*/meta.json")]
+    assert "snapshot" in kinds
+    for run in es.run(LONG[:2], store=tmp_path, workers=2, progress=False):
+        assert_same_bits(run, straight(run.recipe))

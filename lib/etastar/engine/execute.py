@@ -112,7 +112,12 @@ def run(recipes, store="runs", backend="local", device=None, workers=None, obser
                     _run_inline(dispatch, slots, snapshot_seconds)
                 else:
                     _run_processes(dispatch, workers, slots, snapshot_seconds)
-    return [sweep.finished.get(r.run_id) or runs.read_run(sweep.store, r, sweep.observe) for r in sweep.recipes]
+    found = [sweep.finished.get(r.run_id) or runs.read_run(sweep.store, r, sweep.observe) for r in sweep.recipes]
+    lost = [r.run_id for r, run_ in zip(sweep.recipes, found, strict=True) if run_ is None]
+    if lost:
+        raise WorkerFailed(f"{len(lost)} runs are not in the store {sweep.store.path} though their training ended, {lost[0]} first; "
+                           "was the package changed while it ran? Run again: what is there is not trained again")
+    return found
 
 
 def default_layout(sweep: Sweep, workers: int | None, slots: int | None) -> tuple[int, int]:
