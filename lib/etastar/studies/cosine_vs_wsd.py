@@ -226,11 +226,11 @@ def judge(measured: Measurements) -> list[Finding]:
 
 
 def _judge_one(claim, measured: Measurements) -> Finding:
-    command = f"`make reproduce PRESET=night STUDY={STUDY}` tests it"
+    command = _command("night")
     name = CONTRASTS[claim.id]
     if not measured.counts:
         return untested(claim, "live", f"runs of {measured.steps} steps and {measured.frame.seed.nunique()} seeds are too small to count "
-                                       f"(at least {LEAST_STEPS} and {LEAST_SEEDS}); `make reproduce PRESET=cpu STUDY={STUDY}` tests it")
+                                       f"(at least {LEAST_STEPS} and {LEAST_SEEDS}); {_command('cpu')}")
     if name not in measured.differences:
         why = [said for arm, said in measured.refused.items() if arm in claim.arms]
         return untested(claim, "live", f"{why[0] if why else 'no runs of this preset speak of it'}; {command}")
@@ -245,6 +245,10 @@ def _judge_one(claim, measured: Measurements) -> Finding:
     tokens = int(claim.id.rsplit("_", 1)[1]) * measured.params if name.startswith("branch") else measured.horizon_tokens
     scale = {"params": measured.params, "horizon_tokens": tokens, "tokens_per_param": tokens / measured.params}
     return judge_claim(claim, estimate, evidence="live", scale=scale, matching=False)
+
+
+def _command(preset: str) -> str:
+    return f"`make reproduce PRESET={preset} STUDY={STUDY}` tests it ({COSINE_VS_WSD[preset].minutes:.0f} minutes on two cores)"
 
 
 def estimate_of(unit: str, per_seed: np.ndarray, measured: Measurements) -> Estimate:
