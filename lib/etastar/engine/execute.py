@@ -104,7 +104,7 @@ def run(recipes, store="runs", backend="local", device=None, workers=None, obser
         with sweep.store.locked():
             sweep.store.remember_corpora(sweep.recipes)
             workers, slots = default_layout(sweep, workers, slots)
-            dispatch = Dispatch(sweep, workers * slots)
+            dispatch = Dispatch(sweep)
             with tqdm(total=dispatch.tokens, unit="tok", unit_scale=True, disable=not progress, smoothing=0.05,
                       desc=f"{len(sweep.missing)} runs", mininterval=0.5) as bar:
                 dispatch.bar = bar
@@ -142,8 +142,8 @@ def disk_bytes(segments: list[Segment]) -> int:
 class Dispatch:
     """Which segment is next: those whose parent is stored, longest remaining path first."""
 
-    def __init__(self, sweep: Sweep, lanes: int):
-        self.sweep, self.lanes, self.bar = sweep, lanes, None
+    def __init__(self, sweep: Sweep):
+        self.sweep, self.bar = sweep, None
         self.recipes = {recipe.run_id: recipe for recipe in sweep.recipes}
         order = critical_order(sweep.segments, {s.node.id: s.tokens for s in sweep.segments})
         self.produced = {(s.node.trunk, s.node.id) for s in order if s.start < s.stop}

@@ -42,7 +42,6 @@ class Segment:
     parent: Node | None
     node: Node
     ends: tuple[str, ...]
-    branches: bool
 
     @property
     def tokens(self) -> int:
@@ -88,8 +87,8 @@ def _trie(trunk: str, recipes: list[Recipe], known: dict[str, int]) -> list[Segm
             node = Node(trunk, cut, hasher.hexdigest()[:16])
             last = cut == stop
             if last or node.id in known:
-                found.append(Segment(recipe, parent.step if parent else 0, cut, parent, node, ends if last else (),
-                                     last and bool(follow)))
+                begin = parent.step if parent else 0
+                found.append(Segment(recipe, begin, cut, parent, node, ends if last else ()))
                 parent = node
             start = cut
         open_groups += [(group, stop, parent, hasher.copy()) for group in follow]
@@ -129,18 +128,6 @@ def _pending(segments: list[Segment], known: set[str]) -> list[Segment]:
             if segment.parent is not None:
                 needed.add(segment.parent.id)
     return pending[::-1]
-
-
-def distinct_prefixes(recipes: list[Recipe]) -> int:
-    """Steps that have to be trained at least: distinct (trunk, control prefix) pairs, counted by brute force."""
-    seen = set()
-    for recipe in recipes:
-        trunk, lr = recipe.trunk_id, recipe.lr()
-        hasher = hashlib.sha256()
-        for step in range(len(lr)):
-            hasher.update(lr[step].tobytes())
-            seen.add((trunk, hasher.digest()))
-    return len(seen)
 
 
 @dataclasses.dataclass(frozen=True)
