@@ -3,8 +3,11 @@
 import json
 
 import pytest
+import torch
 
+import etastar as es
 from etastar import cli
+from etastar.studies import cosine_vs_wsd
 from tiny import BATCH, recipe, wsd
 
 
@@ -41,6 +44,21 @@ def test_plan_run_look_branch_export_and_clean_up(etastar, tmp_path):
     assert status == 0 and json.loads(out)["status"] == "done"
     assert "3 runs written" in etastar("runs", "export", "table.csv")[1] and (tmp_path / "table.csv").exists()
     assert "removed .nodes" in etastar("runs", "gc", "--states")[1]
+
+
+def test_recipes_can_be_planned_and_written_here_and_run_elsewhere(etastar, tmp_path):
+    status, out, _ = etastar("plan", "01", "--preset", "gpu", "--write", "gpu.json", "--no-measure")
+    assert status == 0 and "training FLOPs" in out
+    recipes = [es.Recipe.from_json(body) for body in json.loads((tmp_path / "gpu.json").read_text())]
+    assert recipes == cosine_vs_wsd.recipes("gpu") and recipes[0].execution.device == "cuda"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_runs_for_a_gpu_are_refused_where_there_is_none(etastar, tmp_path):
+    body = json.loads(recipe(4).to_json()) | {"execution": {"kind": "Execution", "device": "cuda"}}
+    (tmp_path / "gpu.json").write_text(json.dumps(body))
+    status, _, err = etastar("run", "gpu.json")
+    assert status == 2 and "sees no GPU" in err
 
 
 def test_parameters_are_printed_as_a_table(etastar):

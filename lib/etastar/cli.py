@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("what", help="a study's name or a JSON file holding recipes")
     verb.add_argument("--resolve", type=float, metavar="NATS", help="seeds and minutes needed to resolve this difference")
     verb.add_argument("--parameters", action="store_true", help="print the parametrization as a table")
+    verb.add_argument("--write", metavar="FILE.json", help="write the recipes, to `etastar run FILE.json` on another machine")
     verb.add_argument("--no-measure", dest="measure", action="store_false", help="do not time this machine")
     verb.set_defaults(act=_plan)
 
@@ -108,11 +109,13 @@ def _plan(options):
     from etastar.engine.speed import cost, cost_without_corpus
 
     recipes, study = _recipes(options), None if Path(options.what).suffix == ".json" else _study(options)
+    if options.write:
+        Path(options.write).write_text("[\n" + ",\n".join(r.to_json() for r in recipes) + "\n]\n")
     if options.parameters:
         from etastar.model.parametrization import as_table
 
         return _show({"parameters": as_table(recipes[0])}, options)
-    if options.preset == "paper":
+    if options.preset == "paper" or _meant_for_another_machine(recipes):
         told = cost_without_corpus(recipes)
     else:
         told = cost(prepare_sweep(recipes, options.store, options.device), options.workers, options.slots, options.measure)
@@ -123,6 +126,12 @@ def _plan(options):
         if options.resolve:
             shown["resolve"] = module.resolve(preset, options.resolve)
     _show(shown, options)
+
+
+def _meant_for_another_machine(recipes) -> bool:
+    import torch
+
+    return any(r.execution.device == "cuda" for r in recipes) and not torch.cuda.is_available()
 
 
 def _study(options):
