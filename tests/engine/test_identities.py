@@ -147,7 +147,8 @@ def test_snapshots_do_not_change_a_bit_and_are_resumed_from(straight, tmp_path):
 
 
 SCRIPT = """
-import sys, etastar as es
+import signal, sys, etastar as es
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started with it ignored
 sys.path.insert(0, {tests!r})
 from test_identities import LONG
 es.run(LONG, store={store!r}, workers=2, progress=False, snapshot_seconds=0.3)
