@@ -24,7 +24,7 @@ def aa_control(cells: dict[str, np.ndarray], judge_pair=compare) -> Control:
     """A/A on real runs: in every cell two halves of the seeds of one and the same arm are compared as if they were two arms.
 
     `cells` maps names to losses over seeds (at least four each). Cells of one study share seeds, so their verdicts are not
-    independent: the bound on how many may fire takes them as one draw in three.
+    independent: the bound on how many may fire takes them as one draw in three, by which 3 % of honest boards still fail.
     """
     fired, count = 0, 0
     for losses in cells.values():
