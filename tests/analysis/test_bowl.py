@@ -54,12 +54,20 @@ def test_the_interval_over_seeds_is_students():
     assert bowl.best_log2_lr == pytest.approx(-6.0) and bowl.window_sd == pytest.approx(0.0, abs=1e-9)
 
 
-def test_without_seeds_the_delta_method_gives_the_textbook_error():
-    x = np.array([-8.0, -7.0, -6.0, -5.0, -4.0])
-    x = x[1:]  # four rates: a parabola
-    bowl = es.fit_bowl(2.0**x, parabola(x, best=-5.5), sigma=0.01)
-    # vertex = −b / 2c about the centre of the grid: sd = σ / (2c · √Σ(x − x̄)²), 2c the curvature
-    assert math.log2(bowl.best_lr_high) - bowl.best_log2_lr == pytest.approx(1.95996 * 0.01 / (0.06 * math.sqrt(5)), rel=1e-4)
+@pytest.mark.parametrize("sigma", [1e-4, 0.01])
+def test_without_seeds_the_interval_is_fiellers(sigma):
+    x = np.array([-7.0, -6.0, -5.0, -4.0])  # four rates: a parabola, its best rate in the middle of the grid
+    bowl = es.fit_bowl(2.0**x, parabola(x, best=-5.5), sigma=sigma)
+    # slope b + 2c·v about the centre: error² = σ² (1 / Σu² + 4v² / Σ(u² − mean u²)²), Σu² = 5, Σ(u² − 1.25)² = 4; 2c = 0.06
+    half = 1.95996 * sigma / math.sqrt(5) / math.sqrt(0.06**2 - 1.95996**2 * sigma**2)
+    assert math.log2(bowl.best_lr_high) - bowl.best_log2_lr == pytest.approx(half, rel=1e-4)
+    assert bowl.best_log2_lr - math.log2(bowl.best_lr_low) == pytest.approx(half, rel=1e-4)
+
+
+def test_without_seeds_an_interval_ends_where_the_grid_ends():
+    x = np.array([-7.0, -6.0, -5.0, -4.0])
+    bowl = es.fit_bowl(2.0**x, parabola(x, best=-5.5), sigma=0.1)  # so noisy that no slope is told from zero
+    assert bowl.best_lr_low == pytest.approx(2**-7.0) and bowl.best_lr_high == pytest.approx(2**-4.0)
 
 
 def test_spread_over_windows_widens_the_interval():
@@ -98,6 +106,7 @@ def test_a_rate_at_which_one_seed_diverged_is_used_for_none():
     (lambda: es.fit_bowl([0.1, 0.2, 0.4, 0.1, 0.2], [2, 1, 2, 2, 1], [0, 0, 0, 1, 1]), "seed 1 lacks lr 0.4"),
     (lambda: es.fit_bowl([0.1, 0.2, 0.4], [2, 1]), "equally long"),
     (lambda: es.fit_bowl([0.1, 0.2, 0.4], [2, 1, 2]), "no scatter to judge"),
+    (lambda: es.fit_bowl([0.1, 0.2, 0.4] * 2, [2, 1, 2] * 2, [0, 0, 0, 1, 1, 1], sigma=0.1), "seed or sigma"),
     (lambda: es.fit_bowl(2.0**X, [1.0, np.nan, np.nan, np.nan, np.nan, np.nan]), "at least 3 rates"),
 ])
 def test_bad_input_is_named(call, said):

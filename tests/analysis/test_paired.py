@@ -71,11 +71,26 @@ def test_pooling_weighs_by_degrees_of_freedom_and_discounts_what_cells_share():
     assert pool_variance(cells * 4, shared=1.0).df == pytest.approx(12 / 8)
 
 
-def test_unlike_cells_are_not_pooled():
-    rng = np.random.default_rng(3)
-    pooled = pool_variance([rng.normal(0, 0.001, 30), rng.normal(0, 0.02, 30)])
-    assert pooled.sd is None and "differ in variance" in pooled.reason
+def test_unlike_cells_are_not_pooled_and_three_seeds_are_enough_to_say_so():
+    quiet, loud = np.array([-1.0, 0.0, 1.0]) * 0.001, np.array([-1.0, 0.0, 1.0]) * 0.05
+    pooled = pool_variance([quiet, quiet, quiet, loud])
+    # Bartlett by hand: T = (8 ln(mean variance) − 2 Σ ln variance) / (1 + (4/2 − 1/8) / 9), three degrees of freedom
+    variances = np.array([1e-6] * 3 + [2.5e-3])
+    p = stats.chi2.sf((8 * np.log(variances.mean()) - 2 * np.log(variances).sum()) / (1 + (2 - 1 / 8) / 9), 3)
+    assert p < 0.01 and pooled.sd is None and f"Bartlett p = {p:.2g}" in pooled.reason
     assert mean_estimate(D, pooled=pooled) == mean_estimate(D)
+    assert pool_variance([quiet, quiet * 2, quiet * 3]).sd == pytest.approx(0.001 * math.sqrt(14 / 3))
+
+
+def test_a_cell_without_variance_is_unlike_one_with_it():
+    assert pool_variance([np.zeros(3), D[:3]]).sd is None
+    assert pool_variance([np.zeros(3), np.zeros(3)]).sd == 0.0
+
+
+def test_diverged_seeds_are_counted_where_variances_are_pooled():
+    pooled = pool_variance([np.array([0.0, 0.002, np.nan]), np.array([0.0, 0.004, 0.002])], shared=0.0)
+    assert pooled.df == 3 and "1 diverged seeds left out" in pooled.reason
+    assert pool_variance([np.array([0.1, np.nan])]).reason == "no cell has two finite seeds; 1 diverged seeds left out"
 
 
 def test_a_diverged_run_counts_against_its_side_and_forbids_equivalence():

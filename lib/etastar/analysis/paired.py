@@ -69,23 +69,28 @@ class PooledVariance:
 
 
 def pool_variance(cells, shared: float = SHARED_REFERENCE) -> PooledVariance:
-    """Pool the variance of cells (arrays over seeds) unless the Brown–Forsythe test finds them unlike at 1 %.
+    """Pool the variance of cells (arrays over seeds) unless Bartlett's test finds them unlike at 1 %.
 
-    Cells that share a reference arm have correlated variance estimates (`shared` squared), so k cells of ν degrees of
-    freedom count as k·ν / (1 + (k − 1)·shared²), not as k·ν.
+    Brown–Forsythe's test never refuses three seeds: one of three deviations from the median is nothing. Where Bartlett's
+    errs, on heavy tails, it refuses and cells keep their own variance: that costs power, not validity. Diverged seeds are
+    left out and counted in the reason. Cells that share a reference arm have correlated variance estimates (`shared`
+    squared), so k cells of ν degrees of freedom count as k·ν / (1 + (k − 1)·shared²), not as k·ν.
     """
-    cells = [np.asarray(c, dtype=float)[np.isfinite(c)] for c in cells]
-    cells = [c for c in cells if len(c) >= 2]
+    cells = [np.asarray(c, dtype=float) for c in cells]
+    diverged = sum(int((~np.isfinite(c)).sum()) for c in cells)
+    left_out = f"; {diverged} diverged seeds left out" if diverged else ""
+    cells = [kept for c in cells if len(kept := c[np.isfinite(c)]) >= 2]
     if not cells:
-        return PooledVariance(None, 0.0, "no cell has two finite seeds")
+        return PooledVariance(None, 0.0, f"no cell has two finite seeds{left_out}")
     nu = np.array([len(c) - 1 for c in cells])
-    if len(cells) > 1 and min(len(c) for c in cells) >= 3:
-        p = float(stats.levene(*cells, center="median").pvalue)
+    variances = np.array([c.var(ddof=1) for c in cells])
+    if len(cells) > 1 and variances.any():
+        p = float(stats.bartlett(*cells).pvalue) if variances.all() else 0.0
         if p < HOMOGENEITY_LEVEL:
-            return PooledVariance(None, 0.0, f"cells differ in variance (Brown–Forsythe p = {p:.2g}); each keeps its own")
-    variance = float((nu * [c.var(ddof=1) for c in cells]).sum() / nu.sum())
+            return PooledVariance(None, 0.0, f"cells differ in variance (Bartlett p = {p:.2g}); each keeps its own{left_out}")
+    variance = float((nu * variances).sum() / nu.sum())
     df = float(nu.sum() / (1 + (len(cells) - 1) * shared**2))
-    return PooledVariance(math.sqrt(variance), df, f"{len(cells)} cells, {df:.1f} effective degrees of freedom")
+    return PooledVariance(math.sqrt(variance), df, f"{len(cells)} cells, {df:.1f} effective degrees of freedom{left_out}")
 
 
 def mean_estimate(per_seed, unit: str = "nats", pooled: PooledVariance | None = None) -> Estimate:
