@@ -7,6 +7,8 @@ import math
 import re
 from pathlib import Path
 
+from etastar.analysis.claims import registry_hash
+
 MARKS = {"reproduced": "●", "contradicted": "✗", "differs at this scale": "■", "inconclusive": "◆", "untested": "–"}
 UNITS = {"token_fraction": "% of tokens", "nats": "nats per token"}
 REPORTED = ("findings", "controls", "rows")  # parts of a findings file shown elsewhere on the page
@@ -44,13 +46,16 @@ def _board(path: Path) -> dict:
     body = _json(path) if path.exists() else {}
     body = {"rows": body} if isinstance(body, list) else body
     rows, controls = body.get("rows", []), body.get("controls", [])
+    changed = "registry" in body and body["registry"] != registry_hash()
     boards = collections.defaultdict(list)
     for row in rows:
-        boards[row.get("evidence") or "unnamed"].append(_shown(row))
+        boards[row.get("evidence") or "unnamed"].append(_shown(row | {"exploratory": row.get("exploratory") or changed}))
     return {
         "boards": boards,
         "controls": controls,
-        "failed": not all(control.get("passed") for control in controls),
+        "failed": any(control.get("passed") is False for control in controls),
+        "idle": any(control.get("passed") is None for control in controls),
+        "registry_changed": changed,
         "counts": collections.Counter(row.get("verdict", "untested") for row in rows),
         "expected_false": body.get("expected_false_verdicts"),
     }

@@ -1,6 +1,7 @@
 """The rules of verdicts by literal numbers, the registry, and how many claims are corrected for."""
 
 import dataclasses
+import json
 import math
 
 import numpy as np
@@ -201,11 +202,134 @@ def test_a_board_and_findings_survive_their_files(tmp_path):
     told = read_board(board.write(tmp_path / "board.json"))
     assert told.frame.verdict.tolist() == ["reproduced", "inconclusive", "untested"] and told.controls == board.controls
     assert "Controls passed" in board.headline() and board.expected_false == pytest.approx(0.05)
-    (tmp_path / "board.json").write_text((tmp_path / "board.json").read_text()[:-20])
-    with pytest.raises(ValueError, match="missing or not whole"):
-        read_board(tmp_path / "board.json")
+
+
+# -- controls on the board ---------------------------------------------------------------------------------------------
+
+AA, TRUTH = Control("A/A", True, "0 of 4"), Control("truth", None, "not run: no half horizon")
 
 
 def test_a_failed_control_stands_at_the_top():
     board = Board(verdicts(findings([-0.03], True)), (Control("A/A", False, "9 of 10 cells differ"),))
     assert not board.sound and board.headline().startswith("**A control failed")
+
+
+def test_a_control_that_did_not_run_is_no_pass_and_stands_at_the_top(tmp_path):
+    board = Board(verdicts(findings([-0.03], True)), (AA, TRUTH))
+    assert not board.sound and Board(board.frame, (AA,)).sound
+    head, told = board.headline(), board.interpretation()
+    assert head.startswith("**A control did not run; this board is not fully controlled.** truth: not run: no half horizon.")
+    assert "Controls passed: A/A (0 of 4)." in head and told.startswith("**A control did not run")
+    assert board.controls_frame().passed.tolist() == ["yes", "not run"]
+    again = read_board(board.write(tmp_path / "board.json"))
+    assert again.controls == board.controls and again.headline() == head
+    assert json.loads((tmp_path / "board.json").read_text())["sound"] is False
+
+
+def test_a_board_without_controls_is_not_sound_and_says_so():
+    decided, idle = Board(verdicts(findings([-0.03], True)), ()), Board(verdicts([untested(claim(), "live", "too small")]), ())
+    assert not decided.sound and decided.headline().startswith("**No control ran; this board is not controlled.**")
+    assert decided.interpretation().startswith("**No control ran")
+    assert not idle.sound and idle.headline().startswith("No control ran: nothing on this board") and "ran" not in idle.interpretation()
+
+
+def test_a_board_whose_controls_all_passed_says_nothing_else():
+    board = Board(verdicts(findings([-0.03], True)), (AA,))
+    assert board.warning() == "" and board.headline().startswith("**1 claims**") and board.interpretation().startswith("- *")
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A study's findings and their board, one claim of them untested."""
+    some = findings([-0.03, 0.0], True) + [untested(claim(id="u", published=math.nan), "live", "no runs; `make x`")]
+    return write_findings(tmp_path / "f.json", some, [AA], {"preset": "cpu"}), Board(verdicts(some), (AA,)).write(tmp_path / "b.json")
+
+
+def edited(path, change):
+    body = json.loads(path.read_text())
+    change(body)
+    path.write_text(json.dumps(body))
+    return path
+
+
+def test_a_board_read_after_the_registry_changed_is_exploratory(files, tmp_path):
+    _, path = files
+    assert not read_board(path).frame.exploratory.any() and "exploratory" not in read_board(path).headline()
+    board = read_board(edited(path, lambda b: b.update(registry="of yesterday")))
+    assert board.frame.exploratory.all() and board.headline().startswith("**3 of 3 claims are exploratory**")
+    assert read_board(board.write(tmp_path / "again.json")).frame.exploratory.all()  # writing it anew does not launder it
+
+
+def put(place, item):
+    """An edit that sets what stands at a dotted place; `...` takes it away."""
+    *way, last = [int(p) if p.isdigit() else p for p in place.split(".")]
+
+    def change(body):
+        for step in way:
+            body = body[step]
+        if item is ...:
+            del body[last]
+        else:
+            body[last] = item
+
+    return change
+
+
+@pytest.mark.parametrize("place, item, said", [
+    ("registry", ..., "registry is missing"), ("registry", 7, "registry must be str; got 7"), ("rows", {}, "rows must be list; got {}"),
+    ("controls", ..., "controls is missing"), ("rows.1", "x", "rows[1] must be named fields; got 'x'"),
+    ("rows.1.low", ..., "rows[1].low is missing"), ("rows.1.lower", 1, "rows[1].lower is unknown"),
+    ("rows.0.estimate", "big", "rows[0].estimate must be float; got 'big'"), ("rows.0.estimate", True, "rows[0].estimate must be float"),
+    ("rows.0.estimate", None, "rows[0].estimate cannot be nan where the verdict is reproduced"),
+    ("rows.0.n", 2.5, "rows[0].n must be int; got 2.5"), ("rows.0.primary", "no", "rows[0].primary must be bool; got 'no'"),
+    ("rows.0.verdict", "proven", "rows[0].verdict must be one of reproduced, contradicted"),
+    ("rows.0.evidence", "hearsay", "rows[0].evidence must be one of archive, recorded, live; got 'hearsay'"),
+    ("rows.0.p_adjusted", 1.5, "rows[0].p_adjusted cannot be 1.5"), ("rows.0.p_raw", None, "rows[0].p_raw cannot be nan"),
+    ("rows.1.claim", "liveTrue0", "rows[1].claim 'liveTrue0' has two findings of live evidence"),
+    ("controls.0", [], "controls[0] must be named fields"), ("controls.0.passed", "yes", "controls[0].passed must be bool | None"),
+    ("controls.0.passed", ..., "controls[0].passed is missing"),
+])
+def test_a_malformed_board_is_told_by_file_field_and_mend(files, place, item, said):
+    path = edited(files[1], put(place, item))
+    with pytest.raises(ValueError) as error:
+        read_board(path)
+    assert str(error.value).startswith(f"{path} is malformed: {said}") and "run the study again" in str(error.value)
+
+
+@pytest.mark.parametrize("place, item, said", [
+    ("findings", None, "findings must be list; got None"), ("findings.0.registry", ..., "findings[0].registry is missing"),
+    ("findings.0.claim", 3, "findings[0].claim must be dict; got 3"), ("findings.0.claim.kind", "hunch", "findings[0].claim.kind must be"),
+    ("findings.0.claim.margin", "wide", "findings[0].claim.margin must be float; got 'wide'"),
+    ("findings.0.claim.arms", "ab", "findings[0].claim.arms must be tuple; got 'ab'"),
+    ("findings.0.claim.mood", 1, "findings[0].claim.mood is unknown"),
+    ("findings.0.estimate.se", -1.0, "findings[0].estimate.se cannot be -1.0"),
+    ("findings.0.estimate.df", ..., "findings[0].estimate.df is missing"),
+    ("findings.0.estimate.n", 0, "findings[0].estimate.n cannot be 0"),
+    ("findings.0.estimate", None, "findings[0].estimate cannot be nan where the verdict is reproduced"),
+    ("findings.0.p", -0.1, "findings[0].p cannot be -0.1"), ("findings.0.verdict", None, "findings[0].verdict must be str; got None"),
+    ("findings.1.claim.id", "liveTrue0", "findings[1].claim 'liveTrue0' has two"),
+    ("controls.0.detail", 5, "controls[0].detail must be str"),
+])
+def test_malformed_findings_are_told_by_file_field_and_mend(files, place, item, said):
+    path = edited(files[0], put(place, item))
+    with pytest.raises(ValueError) as error:
+        read_findings(path)
+    assert str(error.value).startswith(f"{path} is malformed: {said}") and "run the study again" in str(error.value)
+
+
+@pytest.mark.parametrize("read", [read_board, read_findings])
+@pytest.mark.parametrize("text, said", [
+    ("", "is missing or not whole"), ('{"rows": [', "is missing or not whole"), ("[]", "is malformed: the file holds []"),
+    ("3", "is malformed: the file holds 3"), ("null", "is malformed: the file holds None"), (None, "is missing or not whole"),
+    (b"\xff\xfe", "is missing or not whole"),
+])
+def test_what_is_no_file_of_ours_is_refused(tmp_path, read, text, said):
+    path = tmp_path / "x.json"
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError) as error:
+        read(path)
+    assert str(error.value).startswith(f"{path} {said}") and "run the study again" in str(error.value)

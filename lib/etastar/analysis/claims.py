@@ -5,6 +5,7 @@ a margin), no_worse (not above a margin). The rules were fixed before any result
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -16,6 +17,7 @@ from etastar.analysis.paired import Estimate
 LEVEL = 0.05
 KINDS = ("direction", "equality", "number", "no_worse")
 EVIDENCE = ("archive", "recorded", "live")
+VERDICTS = ("reproduced", "contradicted", "differs at this scale", "inconclusive", "untested")
 MOST_PRIMARIES = 3
 REGISTRY = Path(__file__).parents[1] / "studies" / "claims.toml"
 
@@ -74,7 +76,12 @@ def load_claims(study: str | None = None, path: Path = REGISTRY) -> dict[str, Cl
 
 def registry_hash(path: Path = REGISTRY) -> str:
     """Hash of what is registered, whatever the layout of the file."""
-    body = json.dumps(tomllib.loads(Path(path).read_text()), sort_keys=True)
+    return _hash(Path(path).read_bytes())
+
+
+@functools.lru_cache  # the controls judge thousands of planted draws, and every finding carries the hash
+def _hash(text: bytes) -> str:
+    body = json.dumps(tomllib.loads(text.decode()), sort_keys=True)
     return hashlib.sha256(body.encode()).hexdigest()[:16]
 
 

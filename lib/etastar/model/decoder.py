@@ -9,7 +9,7 @@ import hashlib
 import torch
 import torch.nn.functional as F
 
-from etastar.model.functions import Linear, Normalize, Surprise, Turn
+from etastar.model.functions import Attention, Gate, Linear, Normalize, Surprise, Turn
 from etastar.model.parametrization import Scalars, numbers, scalars
 from etastar.recipe import SP, Model
 
@@ -43,15 +43,18 @@ def unstack(params: Params, slot: int) -> Params:
 
 
 def token_losses(params: Params, tokens_MxBxT1: torch.Tensor, model: Model, by: Scalars) -> torch.Tensor:
-    """Cross-entropy in nats of every predicted token: (M, B, T) from tokens (M, B, T + 1) int64."""
-    targets_MxBxT = tokens_MxBxT1[..., 1:]
-    x_MxNxD = _blocks(params, tokens_MxBxT1[..., :-1], model, by)
-    return Surprise.apply(x_MxNxD, _head(params, model, by), targets_MxBxT.flatten(1)).view(targets_MxBxT.shape)
+    """Cross-entropy in nats of every predicted token, not differentiable: (M, B, T) from tokens (M, B, T + 1) int64."""
+    return _surprise(params, tokens_MxBxT1, model, by)[1].view(tokens_MxBxT1[..., 1:].shape)
 
 
 def loss(params: Params, tokens_MxBxT1: torch.Tensor, model: Model, by: Scalars) -> torch.Tensor:
     """Mean cross-entropy of each slot in nats per predicted token: (M,)."""
-    return token_losses(params, tokens_MxBxT1, model, by).flatten(1).mean(1)
+    return _surprise(params, tokens_MxBxT1, model, by)[0]
+
+
+def _surprise(params: Params, tokens_MxBxT1: torch.Tensor, model: Model, by: Scalars) -> tuple[torch.Tensor, torch.Tensor]:
+    x_MxNxD = _blocks(params, tokens_MxBxT1[..., :-1], model, by)
+    return Surprise.apply(x_MxNxD, _head(params, model, by), tokens_MxBxT1[..., 1:].flatten(1))
 
 
 def logits(params: Params, tokens_MxBxT: torch.Tensor, model: Model, by: Scalars) -> torch.Tensor:
@@ -65,13 +68,12 @@ def _blocks(params: Params, tokens_MxBxT: torch.Tensor, model: Model, by: Scalar
     x_MxNxD = _embed(tokens_MxBxT.flatten(1), params["embedding"])
     if by.embedding != 1.0:
         x_MxNxD = x_MxNxD * by.embedding
-    turn = _rotary(tokens_MxBxT.shape[2], model, x_MxNxD.device)
     for i in range(model.depth):
         attention_norm, qkv, attention_out, mlp_norm, gate_up, mlp_out = (params[f"layers.{i}.{name}"] for name in _LAYER)
-        h_MxNxD = _mix(_gained(x_MxNxD, attention_norm, qkv, model), model, by, tokens_MxBxT.shape, turn)
+        h_MxNxD = _mix(_gained(x_MxNxD, attention_norm, qkv, model), model, by, tokens_MxBxT.shape)
         x_MxNxD = torch.add(x_MxNxD, Linear.apply(h_MxNxD, attention_out), alpha=by.residual)
-        gate, up = _gained(x_MxNxD, mlp_norm, gate_up, model).chunk(2, dim=-1)
-        x_MxNxD = torch.add(x_MxNxD, Linear.apply(F.silu(gate) * up, mlp_out), alpha=by.residual)
+        h_MxNxF = _gate(_gained(x_MxNxD, mlp_norm, gate_up, model))
+        x_MxNxD = torch.add(x_MxNxD, Linear.apply(h_MxNxF, mlp_out), alpha=by.residual)
     return Normalize.apply(x_MxNxD, model.norm_eps)
 
 
@@ -89,14 +91,36 @@ def _head(params: Params, model: Model, by: Scalars) -> torch.Tensor:
     return params["embedding" if model.tied else "head"] * gain_MxD[:, None]
 
 
-def _mix(qkv_MxNxC, model: Model, by: Scalars, shape, turn) -> torch.Tensor:
-    """Causal attention; slots and sequences share SDPA's batch axis, so that each pair is on its own."""
+def _gate(x_MxNxG: torch.Tensor) -> torch.Tensor:
+    if _fused_elsewhere(x_MxNxG):
+        gate, up = x_MxNxG.chunk(2, dim=-1)
+        return F.silu(gate) * up
+    return Gate.apply(x_MxNxG)
+
+
+def _fused_elsewhere(x: torch.Tensor) -> bool:
+    """Whether the device or the compiler has better than what is written by hand for a CPU."""
+    return x.device.type != "cpu" or torch.compiler.is_compiling()
+
+
+def _mix(qkv_MxNxC, model: Model, by: Scalars, shape) -> torch.Tensor:
+    """Causal attention; slots and sequences share one axis, so that each pair is on its own."""
     slots, batch, length = shape
+    sequences, device = slots * batch, qkv_MxNxC.device
+    own_keys = model.resolved_kv_heads == model.heads
+    if own_keys and length <= HAND_CONTEXT and qkv_MxNxC.dtype == torch.float32 and not _fused_elsewhere(qkv_MxNxC):
+        x_SxTx3xAxH = qkv_MxNxC.view(sequences, length, 3, model.heads, model.head_dim)
+        mixed_SxTxAxH = Attention.apply(x_SxTx3xAxH, *_angles(length, model, device), by.attention)
+        return mixed_SxTxAxH.view(slots, batch * length, model.width)
     kinds = model.heads, model.resolved_kv_heads, model.resolved_kv_heads
-    qkv_SxTxAxH = Turn.apply(qkv_MxNxC.view(slots * batch, length, sum(kinds), model.head_dim), *turn)
+    turn = _rotary(length, model, device)
+    qkv_SxTxAxH = Turn.apply(qkv_MxNxC.view(sequences, length, sum(kinds), model.head_dim), *turn)
     q, k, v = (part.transpose(1, 2) for part in qkv_SxTxAxH.split(kinds, dim=2))
-    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=by.attention, enable_gqa=kinds[0] != kinds[1])
-    return mixed.transpose(1, 2).reshape(slots, batch * length, model.heads * model.head_dim)
+    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=by.attention, enable_gqa=not own_keys)
+    return mixed.transpose(1, 2).reshape(slots, batch * length, model.width)
+
+
+HAND_CONTEXT = 256  # tokens; beyond, keeping the probabilities costs more memory than it saves time
 
 
 def _embed(tokens_MxN: torch.Tensor, table_MxVxD: torch.Tensor) -> torch.Tensor:
@@ -105,15 +129,21 @@ def _embed(tokens_MxN: torch.Tensor, table_MxVxD: torch.Tensor) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=32)
-def _rotary(length: int, model: Model, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin (length, heads, head_dim) for queries, keys and values side by side; values do not turn."""
+def _angles(length: int, model: Model, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos (length, head_dim) and sin (length, head_dim / 2) of the rotary angles, the second half of the first repeated."""
     rate = model.rope_theta ** -(torch.arange(0, model.head_dim, 2, dtype=torch.float32) / model.head_dim)
     angle = torch.outer(torch.arange(length, dtype=torch.float32), rate)
-    cos, sin = torch.cat((angle.cos(),) * 2, dim=1), torch.cat((-angle.sin(), angle.sin()), dim=1)
+    return torch.cat((angle.cos(),) * 2, dim=1).to(device), angle.sin().to(device)
+
+
+@functools.lru_cache(maxsize=32)
+def _rotary(length: int, model: Model, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin (length, heads, head_dim) for queries, keys and values side by side; values do not turn."""
+    cos, sin = _angles(length, model, device)
+    sin = torch.cat((-sin, sin), dim=1)
     turning, still = model.heads + model.resolved_kv_heads, model.resolved_kv_heads
-    tables = (torch.stack([table] * turning + [rest] * still, dim=1) for table, rest in
-              ((cos, torch.ones_like(cos)), (sin, torch.zeros_like(sin))))
-    return tuple(table.to(device) for table in tables)
+    return tuple(torch.stack([table] * turning + [rest] * still, dim=1) for table, rest in
+                 ((cos, torch.ones_like(cos)), (sin, torch.zeros_like(sin))))
 
 
 class Decoder(torch.nn.Module):

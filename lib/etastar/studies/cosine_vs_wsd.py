@@ -17,7 +17,7 @@ from etastar.analysis.board import Board
 from etastar.analysis.bowl import Bowl, EdgeOptimum, cross_fitted, fit_bowl
 from etastar.analysis.claims import Finding, load_claims, untested
 from etastar.analysis.claims import judge as judge_claim
-from etastar.analysis.controls import Control, aa_control, planted_control, truth_control
+from etastar.analysis.controls import PLANTED, TRUTH, Control, aa_control, not_run, planted_control, truth_control
 from etastar.analysis.paired import Estimate, PooledVariance, mean_estimate, pool_variance, token_equivalent, token_slope
 from etastar.analysis.power import power_table, seeds_needed
 from etastar.model.parametrization import count_parameters
@@ -269,9 +269,13 @@ def controls(measured: Measurements) -> list[Control]:
         short, long = ([loss for _, loss in measured.tuned[name].values()] for name in ("wsd20 at half", "wsd20"))
         margin = load_claims(STUDY)["wsd20_matches_cos10"].margin * abs(float(measured.slope.mean()))
         made.append(truth_control(short, long, margin))
+    else:
+        made.append(not_run(TRUTH, "an arm has no bowl at half the horizon or at the whole"))
     if measured.pooled.sd:
         claim = load_claims(STUDY)["cos0_beats_cos10"]
         made.append(planted_control(claim, measured.pooled.sd, measured.frame.seed.nunique(), seed=0))
+    else:
+        made.append(not_run(PLANTED, measured.pooled.reason))
     return made
 
 
