@@ -218,7 +218,7 @@ class Recipe:
         return recipe
 
 
-NUMERICS = 1  # of a training step: raise it when the same recipe comes to train other bits, and old runs are not continued
+NUMERICS = 2  # of a training step: raise it when the same recipe comes to train other bits, and old runs are not continued
 
 _CONTROLS = ("schedule", "peak_lr", "horizon_tokens", "data_seed", "repeat")
 

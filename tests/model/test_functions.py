@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from etastar.model.decoder import loss
-from etastar.model.functions import Linear, Normalize, Surprise, Turn, product
+from etastar.model.functions import LOSS_ROWS, Attention, Gate, Linear, Normalize, Surprise, Turn, product
 from etastar.model.parametrization import Scalars, parameter_shapes
 from etastar.recipe import Model
 
@@ -26,9 +26,10 @@ PAIRS = {
     "linear": (lambda x, w: Linear.apply(x, w), lambda x, w: x @ w.mT, [(2, 7, 6), (2, 9, 6)]),
     "normalize": (lambda x: Normalize.apply(x, 0.1), lambda x: F.rms_norm(x, x.shape[-1:], eps=0.1), [(2, 7, 6)]),
     "turn": (lambda x: Turn.apply(x, ANGLE.cos(), ANGLE.sin() * SIGN), lambda x: turned(x, ANGLE.cos(), ANGLE.sin()), [(3, 5, 4, 6)]),
-    "surprise": (lambda x, w: Surprise.apply(x, w, TARGETS),
-                 lambda x, w: F.cross_entropy((x @ w.mT).flatten(0, 1), TARGETS.flatten(), reduction="none").view(2, 7),
+    "surprise": (lambda x, w: Surprise.apply(x, w, TARGETS)[0],
+                 lambda x, w: F.cross_entropy((x @ w.mT).flatten(0, 1), TARGETS.flatten(), reduction="none").view(2, 7).mean(1),
                  [(2, 7, 6), (2, 11, 6)]),
+    "gate": (Gate.apply, lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1], [(2, 7, 10)]),
 }
 
 
@@ -43,10 +44,40 @@ def test_value_and_gradient_are_autograds_whatever_comes_from_above(name):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("length", [1, 5, 64, 150])
+def test_attention_is_sdpa_of_turned_queries_and_keys_around_any_number_of_blocks(length):
+    x, above = leaf(3, length, 3, 2, 8), leaf(3, length, 2, 8, seed=9).detach()
+    angle = torch.rand(length, 4, generator=torch.Generator().manual_seed(2)) * 6
+    both = torch.cat((angle, angle), 1)[:, None]
+
+    def theirs(x):
+        q, k, v = x.unbind(2)
+        q, k, v = (part.transpose(1, 2) for part in (turned(q, both.cos(), both.sin()), turned(k, both.cos(), both.sin()), v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3).transpose(1, 2)
+
+    one, other = Attention.apply(x, both[:, 0].cos(), angle.sin(), 0.3), theirs(x)
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(*(torch.autograd.grad(y, x, above)[0] for y in (one, other)), rtol=1e-4, atol=1e-5)
+
+
+def test_surprise_in_parts_is_surprise_at_once():
+    rows = LOSS_ROWS * 2 + 3
+    x, w = leaf(2, rows, 6), leaf(2, 11, 6, seed=1)
+    targets = torch.randint(11, (2, rows), generator=torch.Generator().manual_seed(1))
+    mean, each = Surprise.apply(x, w, targets)
+    logits = (x @ w.mT).flatten(0, 1)
+    torch.testing.assert_close(each.flatten(), F.cross_entropy(logits, targets.flatten(), reduction="none"), rtol=1e-5, atol=1e-6)
+    expected = F.cross_entropy(logits, targets.flatten(), reduction="none").view(2, rows).mean(1)
+    above = torch.tensor([2.0, -0.5])
+    for a, b in zip(torch.autograd.grad(mean, (x, w), above), torch.autograd.grad(expected, (x, w), above), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert not each.requires_grad
+
+
 def test_surprise_of_what_has_no_probability_in_float32_is_still_exact():
     x, w = torch.tensor([[[1.0]]]), torch.tensor([[[0.0], [300.0], [299.0]]])
     expected = 300.0 + torch.tensor(1.0 + torch.e ** -1).log()
-    torch.testing.assert_close(Surprise.apply(x, w, torch.tensor([[0]])), expected.view(1, 1))
+    torch.testing.assert_close(Surprise.apply(x, w, torch.tensor([[0]]))[1], expected.view(1, 1))
 
 
 @pytest.mark.parametrize("width, head_dim, vocab, context, batch", [
