@@ -1,12 +1,13 @@
 """What a run is: a frozen value from which every bit of the run follows."""
 
 import dataclasses
+import functools
 import json
 from typing import Literal
 
 from etastar.fingerprint import fingerprint
 from etastar.schedules import Schedule
-from etastar.values import canonical_json, decode, digest, value
+from etastar.values import canonical_json, decode, digest_of_json, value
 
 
 @value
@@ -183,13 +184,20 @@ class Recipe:
     @property
     def run_id(self) -> str:
         """Stable 16-digit hash of all that decides the run's bits; the name of its folder in a store."""
-        return digest(self, self.corpus_fingerprint, NUMERICS)
+        return digest_of_json(self._json, canonical_json(self.corpus_fingerprint), canonical_json(NUMERICS))
 
     @property
     def trunk_id(self) -> str:
         """Hash of everything but the control arrays: recipes that share it share every step whose controls agree."""
-        fixed = [getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _CONTROLS]
-        return digest(*fixed, self.resolved_data_seed, self.corpus_fingerprint, NUMERICS)
+        return digest_of_json(*self._fixed_json, *map(canonical_json, (self.resolved_data_seed, self.corpus_fingerprint, NUMERICS)))
+
+    @functools.cached_property
+    def _json(self) -> str:
+        return canonical_json(self)
+
+    @functools.cached_property
+    def _fixed_json(self) -> list[str]:
+        return [canonical_json(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name not in _CONTROLS]
 
     @property
     def corpus_fingerprint(self) -> str:
@@ -206,7 +214,7 @@ class Recipe:
 
     def to_json(self) -> str:
         """Canonical JSON, defaults left out."""
-        return canonical_json(self)
+        return self._json
 
     @staticmethod
     def from_json(text_or_dict) -> "Recipe":

@@ -5,6 +5,7 @@ default changes no hash and orphans no store.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import numbers
@@ -28,10 +29,8 @@ def value(cls):
         raise TypeError(f"{taken.__module__} has a value {cls.__name__}; give that of {cls.__module__} another name")
 
     def __post_init__(self):
-        hints = typing.get_type_hints(type(self))
-        for field in dataclasses.fields(self):
-            given = getattr(self, field.name)
-            object.__setattr__(self, field.name, _coerce(type(self).__name__, field.name, given, hints[field.name]))
+        for name, hint in _hints(type(self)):
+            object.__setattr__(self, name, _coerce(type(self).__name__, name, getattr(self, name), hint))
         if own_check is not None:
             own_check(self)
 
@@ -45,10 +44,10 @@ def encode(item):
     """JSON-ready form of a value: {"kind": name, field: ...} with default fields left out."""
     if dataclasses.is_dataclass(item) and not isinstance(item, type):
         body = {"kind": type(item).__name__}
-        for field in dataclasses.fields(item):
-            given = getattr(item, field.name)
-            if not _is_default(field, given):
-                body[field.name] = encode(given)
+        for name, is_default in _defaults(type(item)):
+            given = getattr(item, name)
+            if not is_default(given):
+                body[name] = encode(given)
         return body
     if isinstance(item, tuple | list):
         return [encode(part) for part in item]
@@ -80,8 +79,12 @@ def canonical_json(item) -> str:
 
 def digest(*parts, length: int = 16) -> str:
     """Hex sha256 (first `length` digits) over the canonical JSON of the parts."""
-    text = "\n".join(canonical_json(part) for part in parts)
-    return hashlib.sha256(text.encode()).hexdigest()[:length]
+    return digest_of_json(*map(canonical_json, parts), length=length)
+
+
+def digest_of_json(*texts: str, length: int = 16) -> str:
+    """`digest` of parts whose canonical JSON is there already."""
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:length]
 
 
 def exactly_one(owner: str, **given) -> str:
@@ -100,12 +103,26 @@ def at_most_one(owner: str, **given) -> None:
         raise ValueError(f"{owner}: give at most one of {', '.join(given)}; got {', '.join(named)}")
 
 
-def _is_default(field, given) -> bool:
+@functools.cache
+def _hints(cls) -> tuple[tuple[str, typing.Any], ...]:
+    """(field, its annotation), resolved once a class."""
+    hints = typing.get_type_hints(cls)
+    return tuple((field.name, hints[field.name]) for field in dataclasses.fields(cls))
+
+
+@functools.cache
+def _defaults(cls) -> tuple[tuple[str, typing.Callable], ...]:
+    """(field, whether something is its default), made once a class: ids of large grids are asked for often."""
+    return tuple((field.name, _is_default(field)) for field in dataclasses.fields(cls))
+
+
+def _is_default(field):
     if field.default is not dataclasses.MISSING:
-        return type(given) is type(field.default) and given == field.default
+        return lambda given: type(given) is type(field.default) and given == field.default
     if field.default_factory is not dataclasses.MISSING:
-        return given == field.default_factory()
-    return False
+        default = field.default_factory()
+        return lambda given: given == default
+    return lambda given: False
 
 
 def _coerce(owner, name, given, hint):

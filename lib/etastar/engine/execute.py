@@ -63,16 +63,16 @@ def prepare_sweep(recipes, store="runs", device=None, observe=None) -> Sweep:
     for recipe in {stack_key(r) + str(r.horizon_tokens): r for r in resolved}.values():
         check_fits(prepare(recipe.corpus), recipe)
     finished, metas = {}, {}
-    for recipe in {r.run_id: r for r in resolved}.values():
-        found = runs.read_run(store, recipe, observe)
-        if found is not None:
-            finished[recipe.run_id] = found
+    by_id = {r.run_id: r for r in resolved}
+    for run_id, recipe in by_id.items():
+        if (found := runs.read_run(store, recipe, observe)) is not None:
+            finished[run_id] = found
 
     def stored(trunk):
         metas.setdefault(trunk, store.stored_nodes(trunk, observe))
         return {name: meta["step"] for name, meta in metas[trunk].items()}
 
-    segments = build_segments([r for r in resolved if r.run_id not in finished], stored)
+    segments = build_segments([r for run_id, r in by_id.items() if run_id not in finished], stored)
     diverged = frozenset((trunk, name) for trunk, found in metas.items() for name, meta in found.items()
                          if meta["diverged_at"] is not None)
     return Sweep(resolved, finished, segments, diverged, store, observe)

@@ -60,19 +60,18 @@ def build_segments(recipes: list[Recipe], stored=lambda trunk: {}) -> list[Segme
     `stored(trunk)` maps node ids to steps of the states a store already has; a run starts from the deepest of them on
     its path. Every distinct (trunk, prefix) of the recipes that is not covered so is trained exactly once.
     """
-    by_trunk: dict[str, list[Recipe]] = defaultdict(list)
-    for recipe in {recipe.run_id: recipe for recipe in recipes}.values():
-        by_trunk[recipe.trunk_id].append(recipe)
+    by_trunk: dict[str, dict[str, Recipe]] = defaultdict(dict)
+    for run_id, recipe in {recipe.run_id: recipe for recipe in recipes}.items():
+        by_trunk[recipe.trunk_id][run_id] = recipe
     segments = []
     for trunk, members in by_trunk.items():
         segments += _pending(_trie(trunk, members, stored(trunk)), set(stored(trunk)))
     return segments
 
 
-def _trie(trunk: str, recipes: list[Recipe], known: dict[str, int]) -> list[Segment]:
+def _trie(trunk: str, recipes: dict[str, Recipe], known: dict[str, int]) -> list[Segment]:
     """All segments of one trunk, parents first, cut where paths part, where runs end and at stored states."""
-    arrays = {recipe.run_id: recipe.lr() for recipe in recipes}
-    ids = {recipe.run_id: recipe for recipe in recipes}
+    arrays = {run_id: recipe.lr() for run_id, recipe in recipes.items()}
     cuts = sorted(set(known.values()))
     found = []
     open_groups = [(list(arrays), 0, None, hashlib.sha256())]
@@ -81,7 +80,7 @@ def _trie(trunk: str, recipes: list[Recipe], known: dict[str, int]) -> list[Segm
         stop = _common_length([arrays[m] for m in members], start)
         ends = tuple(m for m in members if len(arrays[m]) == stop)
         follow = _split([m for m in members if len(arrays[m]) > stop], arrays, stop)
-        recipe, lr = ids[members[0]], arrays[members[0]]
+        recipe, lr = recipes[members[0]], arrays[members[0]]
         for cut in [c for c in cuts if start < c < stop] + [stop] * (stop > start):  # none where paths part at once
             hasher.update(np.ascontiguousarray(lr[start:cut], dtype="<f8").tobytes())
             node = Node(trunk, cut, hasher.hexdigest()[:16])

@@ -4,6 +4,7 @@ Roles: embedding (token table, also the head when tied), hidden (matrices of the
 """
 
 import dataclasses
+import functools
 import math
 
 import pandas as pd
@@ -91,9 +92,14 @@ def as_table(recipe: Recipe) -> pd.DataFrame:
     } for name, row in table.items()])
 
 
+@functools.lru_cache(maxsize=256)
+def _sizes(model: Model, vocab: int) -> dict[str, int]:
+    return {name: math.prod(shape) for name, shape in parameter_shapes(model, vocab).items()}
+
+
 def count_parameters(model: Model, vocab: int) -> dict[str, int]:
     """Parameters in all and without token tables (embedding and head)."""
-    sizes = {name: math.prod(shape) for name, shape in parameter_shapes(model, vocab).items()}
+    sizes = _sizes(model, vocab)
     tables = sum(size for name, size in sizes.items() if role_of(name) in ("embedding", "output"))
     return {"total": sum(sizes.values()), "non_embedding": sum(sizes.values()) - tables}
 
@@ -104,7 +110,6 @@ def flops_per_token(model: Model, vocab: int) -> dict[str, float]:
     Exact counts 2 a multiply-add of every matrix including the head once, and causal attention at half its square:
     3 · (2 · matrices + 2 · depth · context · heads · head_dim).
     """
-    shapes = parameter_shapes(model, vocab)
-    matrices = sum(math.prod(shape) for name, shape in shapes.items() if role_of(name) == "hidden") + vocab * model.width
+    matrices = sum(size for name, size in _sizes(model, vocab).items() if role_of(name) == "hidden") + vocab * model.width
     attention = 2 * model.depth * model.context * model.heads * model.head_dim
     return {"exact": 3.0 * (2 * matrices + attention), "6nd": 6.0 * count_parameters(model, vocab)["total"]}
