@@ -3,6 +3,7 @@
 PRESET ?= auto
 STUDY ?= all
 MINUTES ?=
+BENCH ?=
 TEST_WORKERS ?= 2
 
 PYTHON = $(shell for p in python3.12 python3.11 python3; do \
@@ -51,8 +52,8 @@ data: $(STAMP) ## download the published run logs and check their sha256
 report: $(STAMP) ## write the report of a preset's results again [PRESET=]
 	$(ETASTAR) report --preset $(PRESET)
 
-bench: $(STAMP) ## training speed of this machine beside a plain torch loop, as JSON rows
-	$(PY) benchmarks/train.py
+bench: $(STAMP) ## speed and memory of this machine beside named references [BENCH=train|optimizer|fits|data|plan]
+	$(ETASTAR) bench $(BENCH)
 
 clean: ## remove caches, build products and results/; runs/ and .venv stay
 	rm -rf results build dist lib/*.egg-info .pytest_cache .ruff_cache .hypothesis

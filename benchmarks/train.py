@@ -1,123 +1,103 @@
-"""Training speed, one JSON row a way and shape: the engine's stack against a plain module, measured in turns in one process.
+"""Training speed and memory of the engine beside plain torch: every way in its own processes, taking turns.
 
-    python benchmarks/train.py [--shapes XS S] [--ways engine plain engine_compiled plain_compiled] [--slots 1] [--processes 1]
-
-`tokens_per_s` is the median over rounds of one process, `best_tokens_per_s` the best round; `gemm_gflops` is what a 1024³ matrix
-product reaches in the same process. With --processes N, N of them run at once and each prints its rows.
+A way is idle but for its turn, so none disturbs another, and whatever else the machine does hits all alike. Ratios are taken
+within a round, then their median: a machine that slows down for a while does not move them. The engine's processes have the
+environment that the engine gives its workers, all others the caller's own.
 """
 
-import argparse
-import json
-import os
-import resource
+import contextlib
 import statistics
-import subprocess
-import sys
-import time
+from collections.abc import Iterator
 
-import numpy as np
-import torch
-from plain import trainer
-
-from etastar.engine.slots import SlotStack
+from benchmarks.crew import Crew, CrewFailed, apart
+from benchmarks.rows import orders
+from benchmarks.shapes import Shape, counted_bytes, recipe_of, shapes
+from benchmarks.shared_core import busy_core
+from benchmarks.ways import compiles, layouts, ways
 from etastar.model.parametrization import flops_per_token
-from etastar.recipe import SP, AdamW, Corpus, Execution, Model, Recipe
-from etastar.schedules import Constant
-from etastar.text.batches import batch
-from etastar.text.corpora import prepare
 
-SHAPES = {  # model, vocabulary, tokens a step
-    "XS": (Model(width=32, depth=2, head_dim=16, context=64, tied=False), 512, 2048),
-    "S": (Model(width=64, depth=2, head_dim=32, context=64, tied=False), 1024, 1024),
-    "M": (Model(width=128, depth=4, head_dim=32, context=128, tied=False), 1024, 4096),
-}
+REFERENCE = "plain"
+KEPT_WAYS = ("engine", "plain")  # measured again on a shared core
 
 
-def engine_stepper(recipe, tokens, slots):
-    """Trains `steps` steps of a stack."""
-    stack = SlotStack(recipe, tokens, slots)
-    for slot in range(slots):
-        stack.load(slot, recipe.replace(seed=slot), None)
-    return lambda steps: stack.train(np.full((slots, steps), 1e-3))
+def rows(options) -> Iterator[dict]:
+    """The machine, then for each shape a row a way and layout, and a row a part of the engine's step."""
+    chosen, named = shapes(options.shapes, options.device), ways(options.ways, options.device)
+    machine = apart("machine:measure", options.device)
+    yield machine
+    for shape in chosen:
+        yield from _of_shape(shape, named, options, machine["torch_bytes"])
+        if "engine" in named:
+            yield from apart("parts:parts", shape.name, options.device, options.rounds, engine=True)
 
 
-def plain_stepper(recipe, tokens, compiled):
-    """Trains `steps` steps of a plain module on the same batches."""
-    step, device, done = trainer(recipe.model, tokens.vocab, compiled, recipe.execution.device), recipe.execution.device, [0]
-
-    def train(steps):
-        for _ in range(steps):
-            rows = batch(tokens.train, recipe.model.context, 0, done[0], recipe.batch_sequences)
-            step(torch.from_numpy(rows).to(device))
-            done[0] += 1
-
-    return train
-
-
-def measure(shape, ways, slots, device, rounds, round_seconds=0.25):
-    """Rows of one shape; ways take turns, so that whatever else the machine does hits all alike."""
-    model, vocab, batch_tokens = SHAPES[shape]
-    corpus = Corpus("synthetic", vocab=vocab, options=(("tokens", 2_000_000), ("validation_tokens", 65_536)))
-    recipe = Recipe(model=model, corpus=corpus, optimizer=AdamW(), schedule=Constant(), peak_lr=1e-3, batch_tokens=batch_tokens,
-                    horizon_tokens=batch_tokens, parametrization=SP(init_std=0.1), execution=Execution(device=device))
-    tokens, trainers, rows = prepare(corpus), {}, {}
-    for way in ways:
-        compiled = way.endswith("_compiled")
-        began = time.perf_counter()
-        if way.startswith("engine"):
-            trainers[way] = engine_stepper(recipe.replace(execution=Execution(device=device, compiled=compiled)), tokens, slots)
-        else:
-            trainers[way] = plain_stepper(recipe, tokens, compiled)
-        trainers[way](2)
-        rows[way] = {"compile_s": round(time.perf_counter() - began, 1) if compiled else 0.0, "speeds": []}
-    product, gemm = torch.randn(1024, 1024, device=device), []
-    steps = {way: max(1, round(round_seconds / timed(train, 3, device) * 3)) for way, train in trainers.items()}
-    for _ in range(rounds):
-        for way, train in trainers.items():
-            of = slots if way.startswith("engine") else 1
-            rows[way]["speeds"].append(of * batch_tokens * steps[way] / timed(train, steps[way], device))
-        gemm.append(2 * 1024**3 / timed(lambda _: product @ product, 1, device) / 1e9)
-    flops = flops_per_token(model, vocab)["exact"]
-    for way, row in rows.items():
-        speeds = row.pop("speeds")
-        median = statistics.median(speeds)
-        yield {"bench": "train", "shape": shape, "way": way, "slots": slots if way.startswith("engine") else 1, "device": device,
-               "precision": "fp32", "tokens_per_s": round(median), "best_tokens_per_s": round(max(speeds)),
-               "gflops": round(median * flops / 1e9, 1), "gemm_gflops": round(statistics.median(gemm), 1),
-               "peak_bytes": peak_bytes(device)} | row
+def _of_shape(shape: Shape, named: list[str], options, torch_bytes: int) -> Iterator[dict]:
+    precision = recipe_of(shape, options.device).execution.precision
+    with contextlib.ExitStack() as stack:
+        crews, compile_s, failed = _start(shape, named, options.device, precision, stack)
+        yield from ({"bench": "train", "shape": shape.name, "way": way, "error": said} for way, said in failed.items())
+        speeds, gemms = _take_turns(crews, options.rounds, options.seconds)
+        facts = {"device": options.device, "precision": precision, "torch_bytes": torch_bytes, "rounds": options.rounds}
+        yield from _rows(shape, crews, speeds, gemms, compile_s, facts)
+        if options.shared_core:
+            again = [crew for crew in crews if crew.way in KEPT_WAYS]
+            with busy_core():
+                shared, _ = _take_turns(again, options.rounds, options.seconds, gemm=False)
+            for crew in again:
+                quiet, kept = statistics.median(speeds[crew]), statistics.median(shared[crew])
+                yield {"bench": "shared_core", "shape": shape.name, "way": crew.way, "layout": str(crew.layout),
+                       "device": options.device, "quiet_tokens_per_s": quiet, "tokens_per_s": kept, "kept": kept / quiet}
 
 
-def timed(train, steps, device) -> float:
-    """Seconds of a call, the device's queue emptied before and after."""
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    wait()
-    began = time.perf_counter()
-    train(steps)
-    wait()
-    return time.perf_counter() - began
+def _start(shape, named, device, precision, stack) -> tuple[list[Crew], dict[Crew, float], dict[str, str]]:
+    """Start every crew and wait for it; one that compiles is alone while it does, so that its time is its own."""
+    asked = [(way, layout) for way in named for layout in layouts(way, shape, device)]
+    groups = [[one for one in asked if not compiles(one[0], device)], *([one] for one in asked if compiles(one[0], device))]
+    compile_s, failed = {}, {}
+    for group in groups:
+        started = [Crew(way, shape.name, device, precision, layout) for way, layout in group]
+        for crew in started:
+            stack.callback(crew.close)
+        for crew in started:
+            try:
+                spent = crew.ready()
+                compile_s[crew] = spent if compiles(crew.way, device) else 0.0
+            except CrewFailed as error:  # no compiler here, not enough memory: the other ways can still be measured
+                failed[crew.way] = str(error)
+    return sorted(compile_s, key=lambda crew: asked.index((crew.way, crew.layout))), compile_s, failed
 
 
-def peak_bytes(device) -> int:
-    """Most memory so far: the GPU's, or the process's own."""
-    return torch.cuda.max_memory_allocated() if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _take_turns(crews, rounds, seconds, gemm=True) -> tuple[dict[Crew, list[float]], dict[Crew, list[float]]]:
+    """Tokens/s and GFLOP/s of matrix products of every crew, round by round."""
+    speeds, gemms = {crew: [] for crew in crews}, {crew: [] for crew in crews}
+    for _, order in zip(range(rounds), orders(crews), strict=False):
+        for crew in order:
+            speeds[crew].append(crew.tokens_per_s(seconds))
+            if gemm:
+                gemms[crew].append(crew.gemm_gflops(min(0.2, seconds)))
+    return speeds, gemms
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["XS", "S"])
-    parser.add_argument("--ways", nargs="+", default=["engine", "plain"],
-                        choices=["engine", "plain", "engine_compiled", "plain_compiled"])
-    parser.add_argument("--slots", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
-    args = parser.parse_args()
-    if args.processes > 1:
-        command = [sys.executable, *sys.argv, "--processes", "1"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        sys.exit(max(p.wait() for p in [subprocess.Popen(command, env=environment) for _ in range(args.processes)]))
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
-    for name in args.shapes:
-        for row in measure(name, args.ways, args.slots, args.device, args.rounds):
-            print(json.dumps(row), flush=True)
+def _rows(shape, crews, speeds, gemms, compile_s, facts) -> Iterator[dict]:
+    flops = flops_per_token(shape.model, shape.vocab)["exact"]
+    best = _best(crews, speeds)
+    for crew in crews:
+        layout, tokens_per_s, gemm = crew.layout, statistics.median(speeds[crew]), statistics.median(gemms[crew])
+        ratios = [own / of for own, of in zip(speeds[crew], speeds[best[REFERENCE]], strict=True)] if REFERENCE in best else []
+        models = layout.processes * layout.slots
+        yield {"bench": "train", "shape": shape.name, "way": crew.way, "best": best[crew.way] is crew, "layout": str(layout),
+               "slots": layout.slots, "processes": layout.processes, "threads": layout.threads,
+               "tokens_per_s": tokens_per_s, "gflops": tokens_per_s * flops / 1e9, "gemm_gflops": gemm,
+               "gemm_share": tokens_per_s * flops / 1e9 / gemm, "ratio_to_plain": statistics.median(ratios) if ratios else None,
+               "ratio_low": min(ratios, default=None), "ratio_high": max(ratios, default=None), "peak_bytes": crew.peak_bytes(),
+               "counted_bytes": counted_bytes(shape, models, facts["precision"]), "compile_s": compile_s[crew]} | facts
+
+
+def _best(crews: list[Crew], speeds: dict[Crew, list[float]]) -> dict[str, Crew]:
+    """The faster layout of each way; of `script` the one that is plain's best, for the two are to be compared like for like."""
+    best = {}
+    for crew in sorted(crews, key=lambda crew: statistics.median(speeds[crew])):
+        best[crew.way] = crew
+    if "script" in best and REFERENCE in best:
+        best["script"] = next((c for c in crews if c.way == "script" and c.layout == best[REFERENCE].layout), best["script"])
+    return best

@@ -1,4 +1,4 @@
-"""The `etastar` command: doctor, plan, run, runs, reproduce, branch, report."""
+"""The `etastar` command: doctor, plan, run, runs, reproduce, branch, report, bench."""
 
 import argparse
 import json
@@ -42,7 +42,10 @@ def _parser() -> argparse.ArgumentParser:
     layout.add_argument("--workers", type=int, help="worker processes (default: one a core)")
     layout.add_argument("--slots", type=int, help="runs a worker trains in step (default: 1 on a CPU)")
 
+    layout.add_argument("--execution", choices=("auto",), help="compute in the way that is fastest here, by measurement; held by the store")
+
     verb = verbs.add_parser("doctor", parents=[common], help="what this machine has and how runs will be executed")
+    verb.add_argument("--measure", action="store_true", help="time the ways of training a small shape (half a minute, then kept)")
     verb.set_defaults(act=_doctor)
 
     verb = verbs.add_parser("plan", parents=[common, budget, layout], help="what a study or a file of recipes will cost")
@@ -80,13 +83,18 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("report", parents=[common, budget], help="write the HTML report of a preset's results again")
     verb.add_argument("--results", default="results", help="folder of the results (default: results)")
     verb.set_defaults(act=_report)
+
+    # No word may begin with NUL, so all of them, --help too, go to the benchmarks' own parser.
+    verb = verbs.add_parser("bench", prefix_chars="\0", add_help=False, help="speed and memory of this machine beside named references")
+    verb.add_argument("words", nargs="*")
+    verb.set_defaults(act=_bench)
     return parser
 
 
 def _doctor(options):
     from etastar.doctor import doctor, format_doctor
 
-    found = doctor(options.store)
+    found = doctor(options.store, options.measure)
     print(json.dumps(found, indent=1) if options.json else format_doctor(found))
 
 
@@ -118,7 +126,8 @@ def _plan(options):
     if options.preset == "paper" or _meant_for_another_machine(recipes):
         told = cost_without_corpus(recipes)
     else:
-        told = cost(prepare_sweep(recipes, options.store, options.device), options.workers, options.slots, options.measure)
+        sweep = prepare_sweep(recipes, options.store, options.device, execution=options.execution)
+        told = cost(sweep, options.workers, options.slots, options.measure)
     shown = {"cost": told.as_dict() if options.json else str(told)}
     if study:
         module, preset = study
@@ -153,7 +162,8 @@ def _show(parts: dict, options) -> None:
 def _run(options):
     from etastar.engine.execute import run
 
-    done = run(_recipes(options), store=options.store, device=options.device, workers=options.workers, slots=options.slots)
+    done = run(_recipes(options), store=options.store, device=options.device, workers=options.workers, slots=options.slots,
+               execution=options.execution)
     rows = [{"run_id": r.run_id, "status": r.status, "val_loss": None if r.status == "diverged" else r.val_loss} for r in done]
     if options.json:
         print(json.dumps(rows, indent=1))
@@ -201,7 +211,8 @@ def _branch(options):
     trunk = open_run(Store(options.store), options.run_id)
     recipe = trunk.branch_recipe(at_tokens=options.at_tokens, schedule=decode(json.loads(options.schedule)),
                                  horizon_tokens=options.horizon_tokens, peak_lr=options.peak_lr)
-    done = run([recipe], store=options.store, device=options.device, workers=options.workers, slots=options.slots)[0]
+    done = run([recipe], store=options.store, device=options.device, workers=options.workers, slots=options.slots,
+               execution=options.execution)[0]
     print(json.dumps({"run_id": done.run_id, "status": done.status, "val_loss": done.summary["val_loss"]})
           if options.json else f"{done.run_id}: {done.status}, validation loss {done.val_loss:.4f} nats per token")
 
@@ -217,6 +228,16 @@ def _report(options):
     from etastar.studies import resolve_preset
 
     print(write_report(Path(options.results) / resolve_preset(options.preset)))
+
+
+def _bench(options):
+    import subprocess
+
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "benchmarks" / "__main__.py").exists():
+        raise ValueError(f"bench needs a source checkout, and there is no benchmarks/ in {root}: clone the repository and run `make bench`")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root / "lib"), os.environ.get("PYTHONPATH", "")])}
+    return subprocess.call([sys.executable, "-m", "benchmarks", *options.words], cwd=root, env=environment)
 
 
 if __name__ == "__main__":

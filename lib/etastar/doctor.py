@@ -16,14 +16,16 @@ LEAST_FREE_GB = 5
 GEMM_SIDE = 512
 GB_A_WORKER = 0.8
 MEND = {"store": "choose another with --store", "cache": "choose another with ETASTAR_CACHE"}
+LONG_SWEEP_TOKENS = 200_000_000  # an hour or so of the small shape that is timed
 SLOW_GEMM_GFLOPS = 20  # a core below this is shared, throttled, or has no vector units worth the name
 
 
-def doctor(store=None) -> dict:
+def doctor(store=None, measure: bool = False) -> dict:
     """Facts about this machine as JSON; takes about two seconds, one of them a matrix product on one thread.
 
     Keys: python, torch, packages, cpu, gpu, gemm_gflops (one thread, fp32), compiler, folders, corpora, execution (what
-    the engine does here by default, and why) and warnings, each of which says how to mend it.
+    the engine does here by default, and why) and warnings, each of which says how to mend it. With `measure` also ways:
+    how fast a small shape trains in each way of computing it, and which `execution="auto"` would take for a long sweep.
     """
     import torch
 
@@ -39,6 +41,8 @@ def doctor(store=None) -> dict:
         "corpora": _corpora(),
     }
     found["execution"] = _execution(found)
+    if measure:
+        found["ways"] = _ways()
     found["warnings"] = _warnings(found)
     return found
 
@@ -73,6 +77,7 @@ def format_doctor(found: dict) -> str:
     }
     text = [f"{name:>10}  {line}" for name, line in lines.items()]
     text += [f"{'':>10}  because {reason}" for reason in found["execution"]["reasons"]]
+    text += _say_ways(found.get("ways", []))
     text += [f"{'warning':>10}  {warning}" for warning in found["warnings"]] or [f"{'warnings':>10}  none"]
     return "\n".join(text)
 
@@ -220,6 +225,31 @@ def _execution(found: dict) -> dict:
             "eager fp32 has the same bits in a branch and in its straight run, and costs no compilation",
         ],
     }
+
+
+def _ways() -> list[dict]:
+    """The ways of computing a small shape, timed with all cores at work; compilation is asked too."""
+    from etastar.cores import cores
+    from etastar.engine.tuning import choose
+    from etastar.recipe import SP, AdamW, Corpus, Model, Recipe
+    from etastar.schedules import Constant
+
+    corpus = Corpus("synthetic", vocab=1024, options=(("tokens", 2_000_000), ("validation_tokens", 65_536)))
+    recipe = Recipe(model=Model(width=64, depth=2, head_dim=32, context=64, tied=False), corpus=corpus, optimizer=AdamW(),
+                    schedule=Constant(), peak_lr=1e-3, batch_tokens=2048, horizon_tokens=2048, parametrization=SP(init_std=0.1))
+    table = choose(recipe, LONG_SWEEP_TOKENS, cores()).table
+    return json.loads(table.to_json(orient="records"))
+
+
+def _say_ways(ways: list[dict]) -> list[str]:
+    lines = []
+    for way in ways:
+        how = "compiled" if way["compiled"] else "eager"
+        how += f", parts of {way['micro_batch_sequences']:g} sequences" if way["micro_batch_sequences"] else ", whole batch"
+        how += f", {way['slots']} runs a worker" if way["slots"] > 1 else ""
+        lines.append(f"{'way':>10}  {how}: {way['tokens_per_s']:,.0f} tokens/s, {way['start_s']:.0f} s to start"
+                     + (' ← what execution="auto" takes for an hour of this shape' if way["chosen"] else ""))
+    return lines
 
 
 def _warnings(found: dict) -> list[str]:

@@ -117,13 +117,15 @@ class SP:
 class Execution:
     """How the bits are computed; it is part of the run's id because it decides them.
 
-    `micro_batch_sequences` None means the whole batch at once.
+    `micro_batch_sequences` None means the whole batch at once. `deterministic` keeps a GPU to kernels whose bits repeat, at a
+    cost in speed; a CPU's always do.
     """
 
     device: Literal["cpu", "cuda"] = "cpu"
     precision: Literal["fp32", "bf16"] = "fp32"
     micro_batch_sequences: int | None = None
     compiled: bool = False
+    deterministic: bool = False
 
 
 @value

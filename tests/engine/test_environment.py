@@ -1,6 +1,6 @@
 """What a worker process is started with."""
 
-from etastar.engine.execute import one_thread_environment
+from etastar.engine.environment import one_thread_environment
 
 
 def test_a_worker_has_one_thread_and_keeps_its_memory(monkeypatch):

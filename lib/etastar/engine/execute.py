@@ -2,22 +2,24 @@
 
 import dataclasses
 import json
-import os
 import queue
 import subprocess
 import sys
 import threading
-from collections import deque
-from pathlib import Path
+import time
+from collections import Counter, deque
 
 import torch
 from tqdm.auto import tqdm
 
 from etastar.cores import cores
 from etastar.engine import run as runs
+from etastar.engine.environment import one_thread_environment
+from etastar.engine.layout import gpu_slots
 from etastar.engine.plan import Node, Segment, build_segments, critical_order
 from etastar.engine.slots import stack_key
 from etastar.engine.store import Store, StoreError
+from etastar.engine.tuning import slots_chosen, tuned
 from etastar.engine.worker import Task, Worker
 from etastar.model.parametrization import count_parameters
 from etastar.observe import Observe
@@ -42,6 +44,7 @@ class Sweep:
     diverged: frozenset[tuple[str, str]]
     store: Store
     observe: Observe
+    chosen: dict[str, dict] = dataclasses.field(default_factory=dict)  # by the plain shape's stack key; "auto" fills it
 
     @property
     def missing(self) -> dict[str, Recipe]:
@@ -49,19 +52,24 @@ class Sweep:
         return {r.run_id: r for r in self.recipes if r.run_id not in self.finished}
 
 
-def prepare_sweep(recipes, store="runs", device=None, observe=None) -> Sweep:
+def prepare_sweep(recipes, store="runs", device=None, observe=None, execution=None) -> Sweep:
     """Resolve recipes for a device and compare them with a store; raises for whatever can be known to fail.
 
-    Device None means what the recipes say, or "cuda" for all of them where a GPU is present and they say nothing else.
+    Device None means what the recipes say. Execution None means the same; "auto" puts in the way of computing that is
+    fastest on this machine's CPU by measurement, for recipes that say nothing else.
     """
+    if execution not in (None, "auto"):
+        raise ValueError(f'execution must be None (as the recipes say) or "auto" (by measurement); got {execution!r}')
     if not recipes:
         raise ValueError("no recipes to run; a study's recipes(preset) or a list of etastar.Recipe is needed")
     observe = observe or Observe()
     resolved = tuple(resolve(recipe, device) for recipe in recipes)
-    store = Store(store)
+    store, chosen = Store(store), {}
     store.check_corpora(resolved)
     for recipe in {stack_key(r) + str(r.horizon_tokens): r for r in resolved}.values():
         check_fits(prepare(recipe.corpus), recipe)
+    if execution == "auto":
+        resolved, chosen = tuned(resolved, cores(), store.held_execution())
     finished, metas = {}, {}
     by_id = {r.run_id: r for r in resolved}
     for run_id, recipe in by_id.items():
@@ -75,7 +83,7 @@ def prepare_sweep(recipes, store="runs", device=None, observe=None) -> Sweep:
     segments = build_segments([r for run_id, r in by_id.items() if run_id not in finished], stored)
     diverged = frozenset((trunk, name) for trunk, found in metas.items() for name, meta in found.items()
                          if meta["diverged_at"] is not None)
-    return Sweep(resolved, finished, segments, diverged, store, observe)
+    return Sweep(tuple(resolved), finished, segments, diverged, store, observe, chosen)
 
 
 def resolve(recipe: Recipe, device: str | None) -> Recipe:
@@ -88,30 +96,39 @@ def resolve(recipe: Recipe, device: str | None) -> Recipe:
 
 
 def run(recipes, store="runs", backend="local", device=None, workers=None, observe=None, slots=None, progress=True,
-        snapshot_seconds=60.0) -> list[runs.Run]:
+        snapshot_seconds=60.0, execution=None) -> list[runs.Run]:
     """Train what the store lacks of these recipes and return their runs in order.
 
     `backend` "local" uses `workers` one-thread processes (default: one a core; on a GPU one process with a stack),
     "inline" this process. `slots` is the stack a worker trains in step (default 1 on a CPU). `observe` says what to look at
-    on the way. Finished runs are not run again; an interrupted sweep goes on where it was.
+    on the way. `execution` "auto" computes recipes that leave it open in the way that is fastest here by measurement (parts of
+    a batch, torch.compile); what was chosen first is held by the store, since it decides bits. Finished runs are not run
+    again; an interrupted sweep goes on where it was.
     Raises ValueError (StoreError, Damaged) before training for what can be known, WorkerFailed where a worker died.
     """
     if backend not in ("local", "inline"):
         raise ValueError(f'unknown backend {backend!r}; known: "local" (worker processes), "inline" (this process)')
-    sweep = prepare_sweep(recipes, store, device, observe)
+    sweep = prepare_sweep(recipes, store, device, observe, execution)
     if sweep.segments:
         sweep.store.prepare(disk_bytes(sweep.segments))
         with sweep.store.locked():
             sweep.store.remember_corpora(sweep.recipes)
+            sweep.store.hold_execution(sweep.chosen)
             workers, slots = default_layout(sweep, workers, slots)
             dispatch = Dispatch(sweep)
             with tqdm(total=dispatch.tokens, unit="tok", unit_scale=True, disable=not progress, smoothing=0.05,
                       desc=f"{len(sweep.missing)} runs", mininterval=0.5) as bar:
                 dispatch.bar = bar
-                if backend == "inline":
-                    _run_inline(dispatch, slots, snapshot_seconds)
-                else:
-                    _run_processes(dispatch, workers, slots, snapshot_seconds)
+                began = time.perf_counter()
+                try:
+                    if backend == "inline":
+                        _run_inline(dispatch, slots, snapshot_seconds)
+                    else:
+                        _run_processes(dispatch, workers, slots, snapshot_seconds)
+                finally:
+                    sweep.store.log_sweep({
+                        "runs": len(sweep.missing), "tokens": dispatch.trained, "workers": workers, "slots": slots,
+                        "wall_s": round(time.perf_counter() - began, 2), **{k: round(v, 2) for k, v in sorted(dispatch.clock.items())}})
     found = [sweep.finished.get(r.run_id) or runs.read_run(sweep.store, r, sweep.observe) for r in sweep.recipes]
     lost = [r.run_id for r, run_ in zip(sweep.recipes, found, strict=True) if run_ is None]
     if lost:
@@ -126,8 +143,9 @@ def default_layout(sweep: Sweep, workers: int | None, slots: int | None) -> tupl
         raise ValueError(f"workers and slots must be at least 1; got workers={workers}, slots={slots}")
     first = sweep.segments[0].recipe
     if first.execution.device == "cuda":
-        return workers or 1, slots or max(1, min(64, 2048 // first.model.width, len(sweep.segments)))
-    return min(workers or cores(), len(sweep.segments)), slots or 1
+        return workers or 1, slots or gpu_slots([segment.recipe for segment in sweep.segments])
+    workers = min(workers or cores(), len(sweep.segments))
+    return workers, slots or max(1, min(slots_chosen(first, sweep.chosen), len(sweep.segments) // workers))
 
 
 def disk_bytes(segments: list[Segment]) -> int:
@@ -143,7 +161,7 @@ class Dispatch:
     """Which segment is next: those whose parent is stored, longest remaining path first."""
 
     def __init__(self, sweep: Sweep):
-        self.sweep, self.bar = sweep, None
+        self.sweep, self.bar, self.clock, self.trained = sweep, None, Counter(), 0
         self.recipes = {recipe.run_id: recipe for recipe in sweep.recipes}
         order = critical_order(sweep.segments, {s.node.id: s.tokens for s in sweep.segments})
         self.produced = {(s.node.trunk, s.node.id) for s in order if s.start < s.stop}
@@ -168,6 +186,7 @@ class Dispatch:
 
     def progress(self, tokens: int) -> None:
         """Move the bar."""
+        self.trained += tokens
         self.bar.update(tokens)
 
     def finished(self, trunk: str, node_id: str, diverged: bool) -> None:
@@ -235,6 +254,7 @@ def _run_inline(dispatch: Dispatch, slots: int, snapshot_seconds: float) -> None
         worker._park()
         raise
     finally:
+        dispatch.clock.update(worker.clock)
         torch.set_num_threads(threads)
         torch.set_flush_denormal(False)
 
@@ -246,19 +266,6 @@ def _apply(dispatch: Dispatch, body: dict) -> None:
         dispatch.finished(body["trunk"], body["node"], body["diverged"])
     if "error" in body:
         raise WorkerFailed(body["error"])
-
-
-def one_thread_environment() -> dict[str, str]:
-    """Environment of a one-thread process that imports this very package and keeps the memory it once had."""
-    one_thread = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-    here = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-    tunables = ":".join(filter(None, [os.environ.get("GLIBC_TUNABLES"), "glibc.malloc.hugetlb=1"]))
-    return {**KEEP_MEMORY, **os.environ, **one_thread, "PYTHONPATH": here, "GLIBC_TUNABLES": tunables}
-
-
-# A step frees every activation and asks for it again. By default glibc hands blocks of a megabyte back to the system, which
-# clears each page on its way in: a tenth of a small model's step. These and large pages are for the GNU C library; others ignore them.
-KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**26)}
 
 
 class WorkerProcess:
@@ -273,7 +280,7 @@ class WorkerProcess:
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "etastar.engine.worker", json.dumps(config)], stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, stderr=log, text=True, bufsize=1, env=one_thread_environment())
+                stdout=subprocess.PIPE, stderr=log, text=True, bufsize=1, env=one_thread_environment(store.path / ".compiled"))
         threading.Thread(target=self._read, args=(inbox,), daemon=True).start()
 
     def _read(self, inbox: queue.Queue) -> None:
@@ -334,6 +341,20 @@ def _run_processes(dispatch: Dispatch, workers: int, slots: int, snapshot_second
     finally:
         for worker in pool:
             worker.close()
+        _hear_the_rest(dispatch, inbox, len(pool))
+
+
+def _hear_the_rest(dispatch: Dispatch, inbox: queue.Queue, ends: int) -> None:
+    """What the workers told last: tokens of their last steps and the seconds each spent on what."""
+    while ends:
+        try:
+            _, line = inbox.get(timeout=1)
+        except queue.Empty:  # a reader that never came to its end
+            return
+        ends -= line is None
+        body = json.loads(line) if line is not None else {}
+        dispatch.clock.update(body.get("clock", {}))
+        dispatch.progress(body.get("tokens", 0))
 
 
 def _feed(dispatch: Dispatch, worker: WorkerProcess) -> None:

@@ -6,6 +6,9 @@ A slot's bits depend on its own recipe alone: not on its neighbours, their numbe
 import numpy as np
 import torch
 
+from etastar.compiling import compiled_alone
+from etastar.engine.graph import StepTables, to_host
+from etastar.engine.kernels import fix_workspace, kernels
 from etastar.model import decoder
 from etastar.model.parametrization import numbers, scalars
 from etastar.optim.adamw import Flat, StackedAdamW
@@ -26,24 +29,34 @@ def stack_key(recipe: Recipe) -> str:
 class SlotStack:
     """`slots` training states of one shape, trained in step; a slot is loaded, trained, read and loaded again.
 
-    All recipes loaded must have the `stack_key` of the first. Tensors carry a leading slot axis M.
+    All recipes loaded must have the `stack_key` of the first. Tensors carry a leading slot axis M. `way` is how steps are driven,
+    with equal bits: "host" gives each its batch (default on a CPU), "tables" reads it from the device, "graph" replays that as a
+    CUDA graph (default on a GPU).
     """
 
-    def __init__(self, recipe: Recipe, tokens: TokenSet, slots: int = 1):
+    def __init__(self, recipe: Recipe, tokens: TokenSet, slots: int = 1, way: str | None = None):
         self.key, self.model, self.tokens, self.slots = stack_key(recipe), recipe.model, tokens, slots
         self.execution, self.batch_sequences = recipe.execution, recipe.batch_sequences
         self.device = torch.device(recipe.execution.device)
+        self.way = way or ("host" if self.device.type == "cpu" else "graph")
+        if self.device.type == "cuda" and self.execution.deterministic:
+            fix_workspace()  # before anything is put on the GPU
+        self.copies = torch.cuda.Stream() if self.device.type == "cuda" else None
         self.scalars = scalars(recipe.parametrization, recipe.model)
         table = numbers(recipe.parametrization, recipe.model, tokens.vocab)
         self.flat = Flat(table, slots, self.device)
         self.params = {name: view.requires_grad_() for name, view in self.flat.views(self.flat.data).items()}
         self.grad_MxP = self.flat.like()
         self.grads = self.flat.views(self.grad_MxP)
-        self.optimizer = StackedAdamW(self.flat)
+        self.optimizer = StackedAdamW(self.flat, compiled=recipe.execution.compiled)
         self.recipes: list[Recipe | None] = [None] * slots
         self.step_M = torch.zeros(slots, dtype=torch.int64, device=self.device)
         self.alive_M = torch.zeros(slots, dtype=torch.bool, device=self.device)
-        self.loss = torch.compile(decoder.loss, dynamic=False) if recipe.execution.compiled else decoder.loss
+        if recipe.execution.compiled:
+            decoder.tell_compiler()
+        self.loss = compiled_alone(decoder.loss) if recipe.execution.compiled else decoder.loss
+        self.tables = None if self.way == "host" else StepTables(tokens, self.model.context, slots, self.batch_sequences,
+                                                                 self.flat.data.device, graphed=self.way == "graph")
 
     def load(self, slot: int, recipe: Recipe, state: tuple[dict, dict, int] | None) -> None:
         """Fill a slot with a state (parameters, moments, step), or with the recipe's own initial parameters."""
@@ -57,6 +70,7 @@ class SlotStack:
             for name, view in self._buffers().items():
                 given = params.get(name) if name in params else moments.get(name)
                 view[slot].zero_() if given is None else view[slot].copy_(given)
+        self.grad_MxP[slot].zero_()  # a step that diverged leaves NaN even in the padding, which no gradient overwrites
         self.optimizer.configure(slot, recipe.optimizer)
         self.recipes[slot] = recipe
         self.step_M[slot], self.alive_M[slot] = step, True
@@ -68,6 +82,11 @@ class SlotStack:
             views |= {f"{name}.{suffix}": view for name, view in self.flat.views(moment).items()}
         return views
 
+    @property
+    def micro_batch(self) -> int:
+        """Sequences of a slot that go through the model at once."""
+        return self.execution.micro_batch_sequences or self.batch_sequences
+
     def clear(self, slot: int) -> None:
         """Leave a slot idle: its bits stay, nothing trains it."""
         self.recipes[slot], self.alive_M[slot] = None, False
@@ -77,6 +96,13 @@ class SlotStack:
 
         A slot whose loss or gradient is not finite is frozen as it stood before that step; its entries are NaN from there.
         """
+        with kernels(self.execution, self.model, self.slots * self.micro_batch, self.device):
+            if self.tables is None:
+                return self._train_from_host(lr_MxS)
+            seeds = [recipe and recipe.resolved_data_seed for recipe in self.recipes]
+            return self.tables.train(self._step, self.alive_M, seeds, self.step_M.tolist(), lr_MxS)
+
+    def _train_from_host(self, lr_MxS: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         steps = lr_MxS.shape[1]
         rates_MxS = torch.from_numpy(lr_MxS).to(self.device)
         losses_MxS = torch.empty(self.slots, steps, device=self.device)
@@ -106,10 +132,9 @@ class SlotStack:
 
     def _backward(self, tokens_MxBxT: torch.Tensor) -> torch.Tensor:
         """Mean loss of each slot, its gradient in `grad_MxP`; losses of slots are summed, so gradients stay apart."""
-        micro = self.execution.micro_batch_sequences or self.batch_sequences
-        share, names = micro / self.batch_sequences, list(self.params)
+        share, names = self.micro_batch / self.batch_sequences, list(self.params)
         total_M = torch.zeros(self.slots, device=self.device)
-        for part, part_MxbxT in enumerate(tokens_MxBxT.split(micro, dim=1)):
+        for part, part_MxbxT in enumerate(tokens_MxBxT.split(self.micro_batch, dim=1)):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.execution.precision == "bf16"):
                 loss_M = self.loss(self.params, part_MxbxT, self.model, self.scalars)
             found = torch.autograd.grad((loss_M * share).sum(), [self.params[name] for name in names])
@@ -119,10 +144,14 @@ class SlotStack:
         return total_M
 
     def state(self, slot: int) -> tuple[dict, dict, int]:
-        """(parameters, moments, step) of a slot, copied to the CPU."""
-        buffers = {name: view[slot].detach().cpu().clone() for name, view in self._buffers().items()}
-        params = {name: buffers.pop(name) for name in self.params}
-        return params, buffers, int(self.step_M[slot])
+        """(parameters, moments, step) of a slot, copied to the CPU; on a GPU beside what it does next."""
+        device_rows = [rows[slot] for rows in (self.flat.data, self.optimizer.m_MxP, self.optimizer.v_MxP, self.step_M)]
+        if self.device.type == "cuda":
+            device_rows = to_host(device_rows, self.copies)
+        *rows, step = device_rows
+        params, m, v = ({name: view[0].detach().clone() for name, view in self.flat.views(row[None]).items()} for row in rows)
+        moments = {f"{name}.m": tensor for name, tensor in m.items()} | {f"{name}.v": tensor for name, tensor in v.items()}
+        return params, moments, int(step)
 
     def is_alive(self, slot: int) -> bool:
         """Whether the slot is loaded and has not diverged."""

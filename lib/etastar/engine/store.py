@@ -3,6 +3,9 @@
     store/RUN_ID/      recipe.json metrics.parquet validation.safetensors model.safetensors provenance.json summary.json
     store/.nodes/TRUNK/STEP-PREFIX/   meta.json chunk.parquet state.safetensors
     store/corpora.json                what each corpus held when its first run was trained
+    store/execution.json              how each shape is computed, where that was chosen by measurement
+    store/sweeps.jsonl                one line a sweep: its wall seconds, and those its workers spent by part
+    store/.compiled/                  what torch.compile made
 
 A run is done if and only if its summary is there and agrees with the files beside it.
 """
@@ -89,6 +92,21 @@ class Store:
     def remember_corpora(self, recipes) -> None:
         """Write down what each corpus holds."""
         write_json(self.path / "corpora.json", self.check_corpora(recipes))
+
+    def held_execution(self) -> dict[str, dict]:
+        """The way of computing chosen for each shape when its first run was trained: {stack key: choice}."""
+        path = self.path / "execution.json"
+        return read_json(path) if path.exists() else {}
+
+    def hold_execution(self, chosen: dict[str, dict]) -> None:
+        """Keep what was chosen, so that a resumed sweep has the same bits."""
+        if chosen:
+            write_json(self.path / "execution.json", {**chosen, **self.held_execution()})
+
+    def log_sweep(self, told: dict) -> None:
+        """Add a line to sweeps.jsonl: how long a call of `run` took and what its workers spent their seconds on."""
+        with open(self.path / "sweeps.jsonl", "a") as file:
+            file.write(json.dumps(told) + "\n")
 
     # -- runs ------------------------------------------------------------------------------------------------------
 

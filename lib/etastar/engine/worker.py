@@ -4,6 +4,8 @@ Run as `python -m etastar.engine.worker CONFIG`, it reads tasks as JSON lines fr
 output; when its input ends, because the sweep was stopped or its parent died, it saves where it stands and leaves.
 """
 
+import collections
+import contextlib
 import dataclasses
 import json
 import os
@@ -70,14 +72,27 @@ class Job:
 
 
 class Worker:
-    """The slots of one process. `take(free, wait)` gives tasks (None: stop); `report(body)` tells what happened."""
+    """The slots of one process. `take(free, wait)` gives tasks (None: stop); `report(body)` tells what happened.
+
+    `clock` holds the seconds spent: compiling (first steps of a compiled stack), training, validating, loading, writing, waiting.
+    """
 
     def __init__(self, store: Store, slots: int, observe: Observe, snapshot_seconds: float = 60.0):
         self.store, self.slots, self.observe, self.snapshot_seconds = store, slots, observe, snapshot_seconds
         self.jobs: list[Job | None] = [None] * slots
         self.waiting: list[Task] = []
         self.stack: SlotStack | None = None
+        self.new_stack = False
         self.chunk_steps = 4
+        self.clock: collections.Counter = collections.Counter()
+
+    @contextlib.contextmanager
+    def _clocked(self, part: str):
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.clock[part] += time.perf_counter() - began
 
     @property
     def busy(self) -> bool:
@@ -87,7 +102,8 @@ class Worker:
     def work(self, take, report) -> None:
         """Train what `take` gives until it gives None; then save where every slot stands."""
         while True:
-            tasks = take(self.jobs.count(None) - len(self.waiting), not self.busy and not self.waiting)
+            with self._clocked("waiting"):
+                tasks = take(self.jobs.count(None) - len(self.waiting), not self.busy and not self.waiting)
             if tasks is None:
                 return self._park()
             self.waiting += tasks
@@ -101,11 +117,13 @@ class Worker:
             if self.stack is None or self.stack.key != stack_key(task.recipe):
                 if self.busy:
                     return
-                self.stack = SlotStack(task.recipe, prepare(task.recipe.corpus), self.slots)
-                self.chunk_steps = 4
+                with self._clocked("loading"):
+                    self.stack = SlotStack(task.recipe, prepare(task.recipe.corpus), self.slots)
+                self.chunk_steps, self.new_stack = 4, True
             self.waiting.pop(0)
             slot = self.jobs.index(None)
-            self.stack.load(slot, task.recipe, split_state(self.store.node_state(task.parent)) if task.parent else None)
+            with self._clocked("loading"):
+                self.stack.load(slot, task.recipe, split_state(self.store.node_state(task.parent)) if task.parent else None)
             self.jobs[slot] = Job(task)
             if task.parent == task.node:  # the state was there already, only its run has to be written
                 self._look(slot, self.jobs[slot], report)
@@ -118,7 +136,9 @@ class Worker:
         for slot, job in busy:
             lr_MxS[slot] = job.lr[job.step : job.step + steps]
         began = time.monotonic()
-        losses_MxS, norms_MxS = self.stack.train(lr_MxS)
+        with self._clocked("compiling" if self.new_stack and self.stack.execution.compiled else "training"):
+            losses_MxS, norms_MxS = self.stack.train(lr_MxS)
+        self.new_stack = False
         self.chunk_steps = max(1, min(10_000, int(steps * POLL_SECONDS / (time.monotonic() - began))))
         for slot, job in busy:
             job.losses.append(losses_MxS[slot])
@@ -139,13 +159,16 @@ class Worker:
             return self._finish(slot, job, report, diverged=True)
         done = job.step == job.task.node.step
         observed = job.step > job.saved_step and self.observe.val_due(job.step, job.task.recipe.batch_tokens)
-        validation = self.stack.validate(slot) if observed or (done and job.task.ends) else None
+        with self._clocked("validating"):
+            validation = self.stack.validate(slot) if observed or (done and job.task.ends) else None
         if observed:
             job.val_loss[job.step] = validation[0]
         if done:
-            self._finish(slot, job, report, validation=validation)
+            with self._clocked("writing"):
+                self._finish(slot, job, report, validation=validation)
         elif time.monotonic() - job.saved_at > self.snapshot_seconds:
-            self._snapshot(slot, job)
+            with self._clocked("writing"):
+                self._snapshot(slot, job)
 
     def _finish(self, slot: int, job: Job, report, validation=None, diverged=False) -> None:
         task, frame = job.task, job.frame()
@@ -222,6 +245,7 @@ def main() -> None:
                     config["snapshot_seconds"])
     try:
         worker.work(take, report)
+        report({"clock": worker.clock})
     except Exception as error:  # whatever it was, the parent shows it once and stops the sweep
         report({"error": f"{type(error).__name__}: {error}"})
         raise

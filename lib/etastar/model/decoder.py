@@ -136,8 +136,17 @@ def _angles(length: int, model: Model, device) -> tuple[torch.Tensor, torch.Tens
     return torch.cat((angle.cos(),) * 2, dim=1).to(device), angle.sin().to(device)
 
 
-@functools.lru_cache(maxsize=32)
+def tell_compiler() -> None:
+    """Let torch.compile take the rotary tables as constants. Not a decorator, which would import the compiler everywhere."""
+    torch.compiler.assume_constant_result(_rotary)
+
+
 def _rotary(length: int, model: Model, device) -> tuple[torch.Tensor, torch.Tensor]:
+    return _rotary_tables(length, model, device)  # two functions, since the compiler looks through a cache but not through this
+
+
+@functools.lru_cache(maxsize=32)
+def _rotary_tables(length: int, model: Model, device) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin (length, heads, head_dim) for queries, keys and values side by side; values do not turn."""
     cos, sin = _angles(length, model, device)
     sin = torch.cat((-sin, sin), dim=1)

@@ -8,6 +8,7 @@ import math
 
 import torch
 
+from etastar.compiling import compiled_alone
 from etastar.model.parametrization import ParameterNumbers
 from etastar.recipe import AdamW
 
@@ -44,13 +45,20 @@ def _multipliers(row: ParameterNumbers) -> tuple[float, ...]:
 
 
 class StackedAdamW:
-    """Moments and per-slot options of a stack; `step` updates the flat parameters in place."""
+    """Moments and per-slot options of a stack; `step` updates the flat parameters in place.
 
-    def __init__(self, flat: Flat):
+    No tensor is ever replaced, so that a captured CUDA graph can hold on to all of them. `compiled` fuses the update into one pass.
+    """
+
+    def __init__(self, flat: Flat, compiled: bool = False):
         self.flat = flat
         slots, device = len(flat.data), flat.data.device
         self.m_MxP, self.v_MxP = flat.like(), flat.like()
         self.options = {name: torch.zeros(slots, 1, dtype=torch.float64, device=device) for name in OPTIONS}
+        # On a CPU a vectorized power may differ from a scalar one, and a slot's place would decide which it gets
+        self.numbers = compiled_alone(_numbers) if compiled and flat.data.is_cuda else _numbers
+        self.masked = compiled_alone(_masked_update) if compiled else _masked_update
+        self.asks = not compiled and not flat.data.is_cuda  # asking a GPU would make the host wait for it
 
     def configure(self, slot: int, optimizer: AdamW) -> None:
         """Take the options of one slot from its recipe."""
@@ -68,32 +76,58 @@ class StackedAdamW:
         grad_MxP.mul_(scale_Mx1)
         return norm_M
 
+    @torch.no_grad()
     def step(self, grad_MxP: torch.Tensor, lr_M: torch.Tensor, step_M: torch.Tensor, alive_M: torch.Tensor) -> None:
         """One AdamW update (arXiv 1711.05101, Alg. 2) of every slot that is alive; the others keep every bit.
 
-        `lr_M` float64 is the rate of this step, `step_M` the number of this step counted from 1. Numbers of a slot are float64
-        until they meet a tensor, as in torch.
+        `lr_M` float64 is the rate of this step, `step_M` the number of this step counted from 1.
         """
-        o, lr_Mx1 = self.options, lr_M[:, None]
-        bias1_Mx1 = 1 - o["beta1"] ** step_M[:, None]
-        bias2_root_Mx1 = (1 - o["beta2"] ** step_M[:, None]).sqrt().float()
-        m_MxP = torch.lerp(self.m_MxP, grad_MxP, (1 - o["beta1"]).float())
-        v_MxP = (self.v_MxP * o["beta2"].float()).addcmul_(grad_MxP * (1 - o["beta2"]).float(), grad_MxP)
-        root_MxP = v_MxP.sqrt().div_(bias2_root_Mx1)
-        new_MxP = self.flat.data.clone()
-        for start, stop, by in self.flat.groups:
-            new, m, root = (tensor[:, start:stop] for tensor in (new_MxP, m_MxP, root_MxP))
-            rate_Mx1 = lr_Mx1 * by.lr_multiplier
-            if by.decay_multiplier:
-                new.mul_((1 - rate_Mx1 * o["weight_decay"] * by.decay_multiplier).float())
-            new.addcdiv_(m * (-rate_Mx1 / bias1_Mx1).float(), root.add_((o["eps"] * by.eps_multiplier).float()))
-        if alive_M.is_cuda or not bool(alive_M.all()):  # asking a GPU would make the host wait for it
-            alive_Mx1 = alive_M[:, None]
-            m_MxP = torch.where(alive_Mx1, m_MxP, self.m_MxP)
-            v_MxP = torch.where(alive_Mx1, v_MxP, self.v_MxP)
-            new_MxP = torch.where(alive_Mx1, new_MxP, self.flat.data)
-        self.m_MxP, self.v_MxP = m_MxP, v_MxP
-        self.flat.data.copy_(new_MxP)
+        multipliers = tuple(_multipliers(row) for _, _, row in self.flat.groups)
+        by = self.numbers(self.options, lr_M, step_M, multipliers)
+        spans = tuple((start, stop) for start, stop, _ in self.flat.groups)
+        tensors = self.flat.data, self.m_MxP, self.v_MxP
+        if self.asks and bool(alive_M.all()):
+            _update(*tensors, grad_MxP, by, spans)
+        else:
+            self.masked(*tensors, grad_MxP, alive_M[:, None], by, spans)
 
 
 OPTIONS = ("weight_decay", "beta1", "beta2", "eps", "clip_norm")
+
+
+def _numbers(options, lr_M, step_M, multipliers):
+    """What the update multiplies tensors by, (M, 1) float32 each; a slot's numbers are float64 until here, as in torch.
+
+    (moment weight, beta2, square weight, root of the second bias) and for each group (decay or None, rate, eps).
+    """
+    beta1, beta2, lr_Mx1 = options["beta1"], options["beta2"], lr_M[:, None]
+    bias1_Mx1 = 1 - beta1 ** step_M[:, None]
+    bias2_root_Mx1 = (1 - beta2 ** step_M[:, None]).sqrt().float()
+    groups = []
+    for lr_multiplier, decay_multiplier, eps_multiplier in multipliers:
+        rate_Mx1 = lr_Mx1 * lr_multiplier
+        decay_Mx1 = (1 - rate_Mx1 * options["weight_decay"] * decay_multiplier).float() if decay_multiplier else None
+        groups.append((decay_Mx1, (-rate_Mx1 / bias1_Mx1).float(), (options["eps"] * eps_multiplier).float()))
+    return ((1 - beta1).float(), beta2.float(), (1 - beta2).float(), bias2_root_Mx1), groups
+
+
+def _update(data_MxP, m_MxP, v_MxP, grad_MxP, by, spans) -> None:
+    """The update in place, for every slot; `spans` are the columns of the groups."""
+    (weight1_Mx1, beta2_Mx1, weight2_Mx1, bias2_root_Mx1), groups = by
+    m_MxP.lerp_(grad_MxP, weight1_Mx1)
+    v_MxP.mul_(beta2_Mx1).addcmul_(grad_MxP * weight2_Mx1, grad_MxP)
+    root_MxP = v_MxP.sqrt().div_(bias2_root_Mx1)
+    for (start, stop), (decay_Mx1, rate_Mx1, eps_Mx1) in zip(spans, groups, strict=True):
+        data, m, root = (tensor[:, start:stop] for tensor in (data_MxP, m_MxP, root_MxP))
+        if decay_Mx1 is not None:
+            data.mul_(decay_Mx1)
+        data.addcdiv_(m * rate_Mx1, root.add_(eps_Mx1))
+
+
+def _masked_update(data_MxP, m_MxP, v_MxP, grad_MxP, alive_Mx1, by, spans) -> None:
+    """`_update` of the slots that are alive; the others keep every bit, whatever their gradient is."""
+    held = data_MxP, m_MxP, v_MxP
+    made = tuple(tensor.clone() for tensor in held)
+    _update(*made, grad_MxP, by, spans)
+    for old_MxP, new_MxP in zip(held, made, strict=True):
+        old_MxP.copy_(torch.where(alive_Mx1, new_MxP, old_MxP))

@@ -1,0 +1,1 @@
+"""Speed and memory of etastar, each beside a named reference: `etastar bench --help`."""
