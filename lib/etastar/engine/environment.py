@@ -5,7 +5,7 @@ from pathlib import Path
 
 # A step frees every activation and asks for it again. By default glibc hands blocks of a megabyte back to the system, which
 # clears each page on its way in: a tenth of a small model's step. These and large pages are for the GNU C library; others ignore them.
-KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**26)}
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**23)}
 
 
 def one_thread_environment(compiled_code: Path | None = None) -> dict[str, str]:

@@ -7,6 +7,7 @@ output; when its input ends, because the sweep was stopped or its parent died, i
 import collections
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import queue
@@ -19,6 +20,7 @@ import numpy as np
 
 from etastar.engine import run as runs
 from etastar.engine.checkpoint import split_state, state_tensors, tensor_bytes
+from etastar.engine.layout import verified
 from etastar.engine.plan import Node, prefix_hash
 from etastar.engine.slots import SlotStack, stack_key
 from etastar.engine.store import Store
@@ -118,7 +120,8 @@ class Worker:
                 if self.busy:
                     return
                 with self._clocked("loading"):
-                    self.stack = SlotStack(task.recipe, prepare(task.recipe.corpus), self.slots)
+                    self.stack, slots = verified(functools.partial(_build, task.recipe), self.slots)
+                self.jobs = [None] * slots
                 self.chunk_steps, self.new_stack = 4, True
             self.waiting.pop(0)
             slot = self.jobs.index(None)
@@ -132,7 +135,7 @@ class Worker:
         """Train all slots up to the next thing to do for any of them, or for about POLL_SECONDS."""
         busy = [(slot, job) for slot, job in enumerate(self.jobs) if job]
         steps = min([self.chunk_steps, *(self._steps_to_event(job) for _, job in busy)])
-        lr_MxS = np.zeros((self.slots, steps))
+        lr_MxS = np.zeros((len(self.jobs), steps))
         for slot, job in busy:
             lr_MxS[slot] = job.lr[job.step : job.step + steps]
         began = time.monotonic()
@@ -207,6 +210,16 @@ class Worker:
         for slot, job in enumerate(self.jobs):
             if job and job.step > job.saved_step:
                 self._snapshot(slot, job)
+
+
+def _build(recipe: Recipe, slots: int) -> SlotStack:
+    """A stack for a recipe's shape; on a GPU it takes a step, for only then is it known whether the memory holds it."""
+    stack = SlotStack(recipe, prepare(recipe.corpus), slots)
+    if recipe.execution.device == "cuda":
+        stack.load(0, recipe, None)
+        stack.train(np.zeros((slots, 1)))
+        stack.clear(0)
+    return stack
 
 
 def main() -> None:
