@@ -14,6 +14,7 @@ _PUBLIC = {
     "analysis.bowl": ("fit_bowl", "Bowl", "EdgeOptimum"),
     "analysis.paired": ("compare",),
     "analysis.board": ("verdicts",),
+    "archives": ("archive",),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = sorted(_HOME)

@@ -1,4 +1,4 @@
-"""The `etastar` command: doctor, plan, run, runs, reproduce, branch, report, bench."""
+"""The `etastar` command: doctor, plan, run, runs, reproduce, branch, fetch, report, bench."""
 
 import argparse
 import json
@@ -79,6 +79,11 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--horizon-tokens", type=int, required=True, help="tokens in all at the end of the branch")
     verb.add_argument("--peak-lr", type=float, help="peak of the new schedule (default: the rate at the branch point)")
     verb.set_defaults(act=_branch)
+
+    verb = verbs.add_parser("fetch", parents=[common], help="download published run logs and check their sha256")
+    verb.add_argument("what", choices=("archives",))
+    verb.add_argument("names", nargs="*", metavar="NAME", help="archives of data/archives.toml (default: all)")
+    verb.set_defaults(act=_fetch)
 
     verb = verbs.add_parser("report", parents=[common, budget], help="write the HTML report of a preset's results again")
     verb.add_argument("--results", default="results", help="folder of the results (default: results)")
@@ -221,6 +226,23 @@ def _reproduce(options):
     from etastar.reproduce import reproduce
 
     return reproduce(options.preset, options.study, options.minutes, Path(options.store), Path(options.results))
+
+
+def _fetch(options):
+    from etastar.archives.fetch import fetch_archives, summary
+
+    files = fetch_archives(options.names, progress=False if options.json else None)
+    rows, problems = summary(files), [f for f in files if not f.here]
+    if options.json:
+        print(json.dumps({"archives": rows, "missing": [vars(f) for f in problems]}, indent=1))
+    else:
+        import pandas as pd
+
+        print(pd.DataFrame(rows).to_string(index=False))
+        for reason in dict.fromkeys((f.archive, f.reason) for f in problems):
+            print(f"{reason[0]}: {sum((f.archive, f.reason) == reason for f in problems)} not here: {reason[1]}", file=sys.stderr)
+    # A host that cannot be reached is no failure where a mirror or the cache has a part: what can be read is read.
+    return int(any(f.state in ("refused", "failed") for f in problems) or any(not row["here"] for row in rows))
 
 
 def _report(options):
