@@ -1,24 +1,73 @@
 """What to look at while a run trains; nothing here changes a bit of the run, so it is no part of its id."""
 
+import dataclasses
+
 from etastar.values import value
 
 
 @value
 class Observe:
-    """Read-outs along the way: validation loss every `val_every_tokens` tokens (None: at the end of the run only)."""
+    """Read-outs along the way: validation losses, and averages of the weights.
+
+    `val_every_tokens`: validation loss every so many tokens (None: at the end of the run only). `ema_horizon_tokens`: one
+    exponential average of the weights for each horizon. `average_every_tokens`: the mean of the weights over every so many tokens
+    and the weights at the end of each such window, from which SWA and LAWA of any later windows compose (`Run.averages`); a window
+    takes two copies of the parameters on disk, shared by all runs that pass through it.
+    Raises ValueError for cadences and horizons below 1 token and for a horizon given twice.
+    """
 
     val_every_tokens: int | None = None
+    ema_horizon_tokens: tuple[int, ...] = ()
+    average_every_tokens: int | None = None
 
     def check(self):
-        if self.val_every_tokens is not None and self.val_every_tokens < 1:
-            raise ValueError(f"val_every_tokens must be at least 1; got {self.val_every_tokens}")
+        for name in ("val_every_tokens", "average_every_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if min(self.ema_horizon_tokens, default=1) < 1 or len(set(self.ema_horizon_tokens)) < len(self.ema_horizon_tokens):
+            raise ValueError(f"ema_horizon_tokens must be different numbers of at least 1; got {self.ema_horizon_tokens}")
+
+    @property
+    def averages(self) -> bool:
+        """Whether any average of the weights is asked for."""
+        return bool(self.ema_horizon_tokens) or self.average_every_tokens is not None
 
     def val_due(self, step: int, batch_tokens: int) -> bool:
         """Whether the state after `step` steps is to be validated."""
-        if self.val_every_tokens is None:
-            return False
-        return step > 0 and step * batch_tokens // self.val_every_tokens > (step - 1) * batch_tokens // self.val_every_tokens
+        return _passes(step, batch_tokens, self.val_every_tokens)
+
+    def window_due(self, step: int, batch_tokens: int) -> bool:
+        """Whether a window of the weights' average ends after `step` steps."""
+        return _passes(step, batch_tokens, self.average_every_tokens)
+
+    def window_ends(self, total_steps: int, batch_tokens: int) -> list[int]:
+        """The steps after which windows end, up to `total_steps`."""
+        return [step for step in range(1, total_steps + 1) if self.window_due(step, batch_tokens)]
 
     def covers(self, other: "Observe") -> bool:
         """Whether a run observed so has all that `other` asks for."""
-        return other.val_every_tokens is None or other == self
+        return (other.val_every_tokens in (None, self.val_every_tokens)
+                and other.average_every_tokens in (None, self.average_every_tokens)
+                and set(other.ema_horizon_tokens) <= set(self.ema_horizon_tokens))
+
+    def to_meta(self) -> dict:
+        """All fields, for the metadata of a state and for a worker."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_meta(meta: dict) -> "Observe":
+        """What `to_meta` put there among other things; what is missing takes its default."""
+        return Observe(**{field.name: meta[field.name] for field in dataclasses.fields(Observe) if field.name in meta})
+
+
+def _passes(step: int, batch_tokens: int, every: int | None) -> bool:
+    """Whether step `step` reaches or passes a multiple of `every` tokens."""
+    if every is None:
+        return False
+    return step > 0 and step * batch_tokens // every > (step - 1) * batch_tokens // every
+
+
+def step_of_window(step, batch_tokens: int, every: int):
+    """The place of step `step` (an int or an integer tensor) in the window it belongs to, counted from 1."""
+    window = (step - 1) * batch_tokens // every
+    return step + -window * every // batch_tokens

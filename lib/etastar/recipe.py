@@ -107,6 +107,34 @@ class AdamW:
 
 
 @value
+class ScheduleFreeAdamW:
+    """Schedule-Free AdamW (arXiv 2405.15682) as schedulefree.AdamWScheduleFree computes it, with a gradient-norm clip before it.
+
+    Gradients are taken at y = (1 − beta1) z + beta1 x; what is validated and handed out is x, the mean of z that gives a step the
+    weight step^`r` · (highest rate so far)^`weight_lr_power`. The rates are the recipe's schedule's: the package's `warmup_steps`
+    is `Constant(warmup_steps=…)`. `weight_decay` is taken at y, multiplies the rate and touches what AdamW's does.
+    Raises ValueError for a beta1 of 0 too: x cannot be told from z then.
+    """
+
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    clip_norm: float | None = 1.0
+    r: float = 0.0
+    weight_lr_power: float = 2.0
+
+    def check(self):
+        if not (0 < self.beta1 < 1 and 0 <= self.beta2 < 1):
+            raise ValueError(f"ScheduleFreeAdamW needs beta1 in (0, 1) and beta2 in [0, 1); got {self.beta1} and {self.beta2}")
+        if min(self.weight_decay, self.r, self.weight_lr_power) < 0 or self.eps <= 0 or (
+                self.clip_norm is not None and self.clip_norm <= 0):
+            raise ValueError(
+                f"ScheduleFreeAdamW needs weight_decay, r and weight_lr_power ≥ 0, eps > 0 and clip_norm > 0 or None; got {self}"
+            )
+
+
+@value
 class SP:
     """Standard parametrization: one learning rate for all, init N(0, `init_std`²), output projections over √(2·depth)."""
 
@@ -139,7 +167,7 @@ class Recipe:
 
     model: Model
     corpus: Corpus
-    optimizer: AdamW
+    optimizer: AdamW | ScheduleFreeAdamW
     schedule: Schedule
     peak_lr: float
     batch_tokens: int

@@ -72,16 +72,19 @@ def tensors_of(data: bytes) -> dict[str, torch.Tensor]:
 
 
 def state_tensors(params: dict, moments: dict, step: int) -> dict[str, torch.Tensor]:
-    """One dictionary of a whole training state: parameters, optimizer moments, and the step as a 0-d tensor."""
+    """One dictionary of a whole training state: parameters, optimizer moments, averages, and the step as a 0-d tensor."""
     return (
         {f"param/{name}": tensor for name, tensor in params.items()}
-        | {f"optimizer/{name}": tensor for name, tensor in moments.items()}
+        | {name if name.startswith(AVERAGE) else f"optimizer/{name}": tensor for name, tensor in moments.items()}
         | {"step": torch.tensor(step)}
     )
+
+
+AVERAGE = "average/"  # first part of the names of what is read out and never feeds back
 
 
 def split_state(tensors: dict[str, torch.Tensor]) -> tuple[dict, dict, int]:
     """(parameters, moments, step) of `state_tensors`."""
     params = {name.removeprefix("param/"): t for name, t in tensors.items() if name.startswith("param/")}
-    moments = {name.removeprefix("optimizer/"): t for name, t in tensors.items() if name.startswith("optimizer/")}
+    moments = {name.removeprefix("optimizer/"): t for name, t in tensors.items() if name.startswith(("optimizer/", AVERAGE))}
     return params, moments, int(tensors["step"])

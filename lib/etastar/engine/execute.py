@@ -275,8 +275,7 @@ class WorkerProcess:
         self.slots, self.tasks = slots, []
         self.log = store.path / ".logs" / f"worker-{number}.log"
         self.log.parent.mkdir(exist_ok=True)
-        config = {"store": str(store.path), "slots": slots, "threads": 1, "val_every_tokens": observe.val_every_tokens,
-                  "snapshot_seconds": snapshot_seconds}
+        config = {"store": str(store.path), "slots": slots, "threads": 1, "snapshot_seconds": snapshot_seconds, **observe.to_meta()}
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "etastar.engine.worker", json.dumps(config)], stdin=subprocess.PIPE,

@@ -1,6 +1,7 @@
 """A finished run, read from its folder; and how a worker writes one."""
 
 import functools
+import hashlib
 import json
 from pathlib import Path
 
@@ -8,13 +9,15 @@ import numpy as np
 import pandas as pd
 import torch
 
-from etastar.engine.checkpoint import tensor_bytes, tensors_of
+from etastar.engine.checkpoint import AVERAGE, Damaged, tensor_bytes, tensors_of
 from etastar.engine.plan import Node
 from etastar.engine.provenance import provenance
+from etastar.engine.slots import validate
 from etastar.engine.store import CURVE_COLUMNS, Store, parquet, read_parquet
 from etastar.model.decoder import Decoder
-from etastar.model.parametrization import count_parameters, flops_per_token
-from etastar.observe import Observe
+from etastar.model.parametrization import count_parameters, flops_per_token, scalars
+from etastar.observe import Observe, step_of_window
+from etastar.optim.averaging import compose
 from etastar.recipe import Recipe
 from etastar.schedules import Branch
 from etastar.text.corpora import prepare
@@ -65,7 +68,83 @@ class Run:
     def model(self) -> Decoder:
         """The trained decoder: an nn.Module from tokens (B, T) int64 to logits (B, T, V)."""
         self._refuse_diverged()
-        params = tensors_of(self.store.read(self.run_id, "model.safetensors"))
+        return self._decoder(tensors_of(self.store.read(self.run_id, "model.safetensors")))
+
+    def averages(self) -> pd.DataFrame:
+        """Validation losses of all read-outs of the weights at the run's end, computed when asked for: one row a read-out.
+
+        read_out "final" (the run's own model), "ema" (horizon_tokens), "swa" (mean over the steps of the last `windows` windows),
+        "lawa" (mean of the weights at the ends of the last `windows` windows); from_tokens and to_tokens, what the average spans;
+        val_loss in nats per token, and val_loss_a and val_loss_b on every other document of validation, so that what is chosen on
+        one half is reported on the other. Only windows that ended count: let `average_every_tokens` divide the horizon.
+        """
+        asked = [("final", {})] + [("ema", {"horizon_tokens": tokens}) for tokens in self.observed.ema_horizon_tokens]
+        counts = range(1, len(self._windows) + 1)
+        asked += [(name, {"windows": k}) for name in ("swa", "lawa") for k in counts]
+        rows = []
+        for name, given in asked:
+            params = self._averaged(name, **given)
+            losses = _halved(*validate(params, self.recipe.model, scalars(self.recipe.parametrization, self.recipe.model),
+                                       prepare(self.recipe.corpus)))
+            rows.append({"read_out": name, "horizon_tokens": given.get("horizon_tokens"), "windows": given.get("windows"),
+                         **self._span(name, given.get("windows")), **losses})
+        return pd.DataFrame(rows).astype({"horizon_tokens": "Int64", "windows": "Int64"})
+
+    def averaged_model(self, read_out: str, *, horizon_tokens: int | None = None, windows: int | None = None,
+                       to_tokens: int | None = None) -> Decoder:
+        """The decoder of a read-out: "ema" with `horizon_tokens`, "swa" or "lawa" with `windows`, as `averages` names them.
+
+        SWA and LAWA take the last windows that ended after `to_tokens` at the latest, at the run's end by default.
+        Raises ValueError for what was not observed, naming what was.
+        """
+        return self._decoder(self._averaged(read_out, horizon_tokens, windows, to_tokens))
+
+    @property
+    def observed(self) -> Observe:
+        """How the run was observed."""
+        return Observe(**self.summary["observed"])
+
+    def _averaged(self, read_out, horizon_tokens=None, windows=None, to_tokens=None) -> dict[str, torch.Tensor]:
+        self._refuse_diverged()
+        if read_out == "final":
+            return tensors_of(self.store.read(self.run_id, "model.safetensors"))
+        if read_out == "ema" and horizon_tokens in self.observed.ema_horizon_tokens:
+            first = f"ema-{horizon_tokens}/"
+            held = tensors_of(self.store.read(self.run_id, "averages.safetensors"))
+            return {name.removeprefix(first): tensor for name, tensor in held.items() if name.startswith(first)}
+        ended = [node for node in self._windows if to_tokens is None or node.step * self.recipe.batch_tokens <= to_tokens]
+        if read_out not in ("swa", "lawa") or not 1 <= (windows or 0) <= len(ended):
+            raise ValueError(f"run {self.run_id} has no {read_out!r} of horizon_tokens={horizon_tokens}, windows={windows}: it has "
+                             f'"ema" of horizon_tokens {self.observed.ema_horizon_tokens}, "swa" and "lawa" of up to {len(ended)} '
+                             f"windows of {self.observed.average_every_tokens} tokens; es.run(…, observe=es.Observe(…)) adds others")
+        parts = [self._window(node) for node in ended[-windows:]]
+        kind = "mean/" if read_out == "swa" else "last/"
+        tensors = [{name.removeprefix(kind): t for name, t in part.items() if name.startswith(kind)} for part in parts]
+        return compose(tensors, [int(part["steps"]) if read_out == "swa" else 1 for part in parts])
+
+    @functools.cached_property
+    def _windows(self) -> list[Node]:
+        return window_nodes(self.recipe, self.observed)
+
+    def _window(self, node: Node) -> dict[str, torch.Tensor]:
+        if self.store.node_meta(node) is None:
+            raise Damaged(f"a window of the averages of run {self.run_id}, {self.store.node_folder(node)}, is missing; "
+                          "es.run(…, observe=…) as before makes it again, after `etastar runs gc --states` where it does not")
+        return self.store.node_state(node)
+
+    def _span(self, read_out: str, windows: int | None) -> dict[str, int]:
+        """The tokens after which an average's first and last weights stood."""
+        batch_tokens, last = self.recipe.batch_tokens, self.summary["steps"]
+        first = last
+        if read_out == "ema":
+            first = 1
+        elif windows:
+            first, last = self._windows[-windows].step, self._windows[-1].step
+            if read_out == "swa":
+                first -= step_of_window(first, batch_tokens, self.observed.average_every_tokens) - 1
+        return {"from_tokens": first * batch_tokens, "to_tokens": last * batch_tokens}
+
+    def _decoder(self, params: dict[str, torch.Tensor]) -> Decoder:
         return Decoder(self.recipe.model, prepare(self.recipe.corpus).vocab, self.recipe.parametrization, params)
 
     def branch_recipe(self, *, at_tokens: int, schedule, horizon_tokens: int, peak_lr: float | None = None) -> Recipe:
@@ -88,7 +167,44 @@ def read_run(store: Store, recipe: Recipe, observe: Observe) -> Run | None:
     summary = store.summary(recipe.run_id)
     if summary is None or not Observe(**summary["observed"]).covers(observe):
         return None
+    if summary["status"] == "done" and any(store.node_meta(node) is None for node in window_nodes(recipe, observe)):
+        return None
     return Run(store, recipe, summary)
+
+
+def window_nodes(recipe: Recipe, observe: Observe) -> list[Node]:
+    """Where the store has the windows of the averages of a recipe's run, first to last: as states of a trunk of their own.
+
+    What is in a window follows from the trunk and the controls up to its end, so all runs that share these share it.
+    """
+    if observe.average_every_tokens is None:
+        return []
+    lr, hasher, start, nodes = recipe.lr(), hashlib.sha256(), 0, []
+    for end in observe.window_ends(len(lr), recipe.batch_tokens):
+        hasher.update(np.ascontiguousarray(lr[start:end], dtype="<f8").tobytes())
+        nodes.append(Node(_window_trunk(recipe.trunk_id, observe.average_every_tokens), end, hasher.hexdigest()[:16]))
+        start = end
+    return nodes
+
+
+def write_window(store: Store, recipe: Recipe, end: Node, every_tokens: int, mean: dict, last: dict) -> None:
+    """Put a window that ended at a state where `window_nodes` finds it: the mean of its weights, the last of them, its steps."""
+    steps = step_of_window(end.step, recipe.batch_tokens, every_tokens)
+    tensors = {f"mean/{name}": t for name, t in mean.items()} | {f"last/{name}": t for name, t in last.items()}
+    node = Node(_window_trunk(end.trunk, every_tokens), end.step, end.prefix)
+    store.write_node(node, pd.DataFrame(), tensor_bytes(tensors | {"steps": torch.tensor(steps)}), {"kind": "window"})
+
+
+def _window_trunk(trunk: str, every_tokens: int) -> str:
+    return f"{trunk}-windows-{every_tokens}"
+
+
+def _halved(mean: float, loss_N: np.ndarray, document_N: np.ndarray) -> dict[str, float]:
+    """Mean validation loss, and those of the sequences of every other document; NaN for a half without any."""
+    odd_N = np.unique(document_N, return_inverse=True)[1] % 2 == 1
+    halves = (loss_N[part_N].astype(np.float64) for part_N in (~odd_N, odd_N))
+    return {"val_loss": mean} | {name: float(half.mean()) if half.size else float("nan")
+                                 for name, half in zip(("val_loss_a", "val_loss_b"), halves, strict=True)}
 
 
 def open_run(store: Store, run_id: str) -> Run:
@@ -99,18 +215,22 @@ def open_run(store: Store, run_id: str) -> Run:
     return Run(store, Recipe.from_json(store.read(run_id, "recipe.json").decode()), summary)
 
 
-def write_run(store: Store, recipe: Recipe, node: Node, observe: Observe, vocab: int, state=None, validation=None) -> None:
-    """Put a run in its folder: its curve along the shared states, its model and validation unless it diverged."""
+def write_run(store: Store, recipe: Recipe, node: Node, observe: Observe, vocab: int, model=None, validation=None,
+              averages: dict | None = None) -> None:
+    """Put a run in its folder: its curve along the shared states, its model, validation and EMAs unless it diverged."""
     curve, files = store.curve_to(node), {}
-    if state is not None:
+    if model is not None:
         mean, loss_N, document_N = validation
         curve.loc[len(curve) - 1, "val_loss"] = mean
-        files["model.safetensors"] = tensor_bytes(state[0])
+        files["model.safetensors"] = tensor_bytes(model)
+        emas = {name.removeprefix(AVERAGE): t for name, t in (averages or {}).items() if name.startswith(AVERAGE + "ema")}
+        if emas:
+            files["averages.safetensors"] = tensor_bytes(emas)
         files["validation.safetensors"] = tensor_bytes(
             {"loss": torch.from_numpy(loss_N), "document": torch.from_numpy(np.ascontiguousarray(document_N))})
     files["metrics.parquet"] = parquet(curve)
     files["provenance.json"] = json.dumps(provenance(recipe), indent=1, sort_keys=True).encode()
-    store.write_run(recipe, files, summarize(recipe, curve, observe, vocab, None if state is None else mean))
+    store.write_run(recipe, files, summarize(recipe, curve, observe, vocab, None if model is None else mean))
 
 
 def summarize(recipe: Recipe, curve: pd.DataFrame, observe: Observe, vocab: int, val_loss: float | None) -> dict:
@@ -133,7 +253,7 @@ def summarize(recipe: Recipe, curve: pd.DataFrame, observe: Observe, vocab: int,
         "params_total": parameters["total"],
         "params_non_embedding": parameters["non_embedding"],
         "flops": flops_per_token(recipe.model, vocab)["exact"] * recipe.horizon_tokens,
-        "observed": {} if observe == Observe() else {"val_every_tokens": observe.val_every_tokens},
+        "observed": {name: given for name, given in observe.to_meta().items() if given},
     }
 
 

@@ -11,13 +11,22 @@ from etastar.engine.graph import StepTables, to_host
 from etastar.engine.kernels import fix_workspace, kernels
 from etastar.model import decoder
 from etastar.model.parametrization import numbers, scalars
+from etastar.observe import Observe
 from etastar.optim.adamw import Flat, StackedAdamW
-from etastar.recipe import Recipe
+from etastar.optim.averaging import StackedAverages
+from etastar.optim.schedule_free import StackedScheduleFreeAdamW
+from etastar.recipe import AdamW, Recipe, ScheduleFreeAdamW
 from etastar.text.batches import batch, validation_batches
 from etastar.text.corpora import TokenSet
 from etastar.values import digest
 
 VALIDATION_TOKENS = 2**16
+
+# For each kind of optimizer: its stack, and what it keeps of a slot beside the parameters, as names of (M, P) and of (M,) tensors
+OPTIMIZERS = {
+    AdamW: (StackedAdamW, ("m", "v"), ()),
+    ScheduleFreeAdamW: (StackedScheduleFreeAdamW, ("z", "v"), ("lr_max", "weight_sum")),
+}
 
 
 def stack_key(recipe: Recipe) -> str:
@@ -31,10 +40,10 @@ class SlotStack:
 
     All recipes loaded must have the `stack_key` of the first. Tensors carry a leading slot axis M. `way` is how steps are driven,
     with equal bits: "host" gives each its batch (default on a CPU), "tables" reads it from the device, "graph" replays that as a
-    CUDA graph (default on a GPU).
+    CUDA graph (default on a GPU). `observe` says which averages of the weights to keep; they change no bit of the training.
     """
 
-    def __init__(self, recipe: Recipe, tokens: TokenSet, slots: int = 1, way: str | None = None):
+    def __init__(self, recipe: Recipe, tokens: TokenSet, slots: int = 1, way: str | None = None, observe: Observe | None = None):
         self.key, self.model, self.tokens, self.slots = stack_key(recipe), recipe.model, tokens, slots
         self.execution, self.batch_sequences = recipe.execution, recipe.batch_sequences
         self.device = torch.device(recipe.execution.device)
@@ -48,7 +57,9 @@ class SlotStack:
         self.params = {name: view.requires_grad_() for name, view in self.flat.views(self.flat.data).items()}
         self.grad_MxP = self.flat.like()
         self.grads = self.flat.views(self.grad_MxP)
-        self.optimizer = StackedAdamW(self.flat, compiled=recipe.execution.compiled)
+        stacked, self.moments, self.memories = OPTIMIZERS[type(recipe.optimizer)]
+        self.optimizer = stacked(self.flat, compiled=recipe.execution.compiled)
+        self.averages = StackedAverages(self.flat, observe, recipe.batch_tokens) if observe and observe.averages else None
         self.recipes: list[Recipe | None] = [None] * slots
         self.step_M = torch.zeros(slots, dtype=torch.int64, device=self.device)
         self.alive_M = torch.zeros(slots, dtype=torch.bool, device=self.device)
@@ -59,28 +70,36 @@ class SlotStack:
                                                                  self.flat.data.device, graphed=self.way == "graph")
 
     def load(self, slot: int, recipe: Recipe, state: tuple[dict, dict, int] | None) -> None:
-        """Fill a slot with a state (parameters, moments, step), or with the recipe's own initial parameters."""
+        """Fill a slot with a state as `state` gives it, or with the recipe's own initial parameters."""
         if stack_key(recipe) != self.key:
             raise ValueError(f"recipe {recipe.run_id} does not fit this stack: other shapes, data or execution")
         if state is None:
             params = decoder.init_parameters(recipe.model, self.tokens.vocab, recipe.parametrization, recipe.seed)
-            state = params, {}, 0
+            state = params, {f"{name}.z": start for name, start in params.items()}, 0  # all else that an optimizer keeps starts at 0
         params, moments, step = state
+        given = params | moments
         with torch.no_grad():
-            for name, view in self._buffers().items():
-                given = params.get(name) if name in params else moments.get(name)
-                view[slot].zero_() if given is None else view[slot].copy_(given)
+            for pattern, rows_MxP in self._rows().items():
+                rows_MxP[slot].zero_()
+                for name, view in self.flat.views(rows_MxP).items():
+                    if (told := given.get(pattern.format(name))) is not None:
+                        view[slot].copy_(told)
+            for name, held_M in self._memories().items():
+                held_M[slot] = given.get(name, 0.0)
         self.grad_MxP[slot].zero_()  # a step that diverged leaves NaN even in the padding, which no gradient overwrites
         self.optimizer.configure(slot, recipe.optimizer)
         self.recipes[slot] = recipe
         self.step_M[slot], self.alive_M[slot] = step, True
 
-    def _buffers(self) -> dict[str, torch.Tensor]:
-        """Views of the parameters and, under "name.m" and "name.v", of the moments."""
-        views = self.flat.views(self.flat.data)
-        for suffix, moment in (("m", self.optimizer.m_MxP), ("v", self.optimizer.v_MxP)):
-            views |= {f"{name}.{suffix}": view for name, view in self.flat.views(moment).items()}
-        return views
+    def _rows(self) -> dict[str, torch.Tensor]:
+        """All (M, P) tensors of the state, by the pattern that makes a parameter's name the tensor's: "{}", "{}.m", "average/mean/{}"."""
+        moments = {f"{{}}.{name}": getattr(self.optimizer, f"{name}_MxP") for name in self.moments}
+        averages = self.averages.buffers if self.averages else {}
+        return {"{}": self.flat.data} | moments | {f"average/{name}/{{}}": rows_MxP for name, rows_MxP in averages.items()}
+
+    def _memories(self) -> dict[str, torch.Tensor]:
+        """The (M,) float64 tensors that the optimizer remembers each slot by."""
+        return {name: getattr(self.optimizer, f"{name}_M") for name in self.memories}
 
     @property
     def micro_batch(self) -> int:
@@ -127,6 +146,8 @@ class SlotStack:
         self.alive_M &= torch.isfinite(loss_M) & torch.isfinite(norm_M)
         self.step_M += self.alive_M
         self.optimizer.step(self.grad_MxP, lr_M, self.step_M, self.alive_M)
+        if self.averages:
+            self.averages.update(self._evaluated(slice(None)), self.step_M, self.alive_M)
         nan_M = torch.full_like(loss_M, float("nan"))
         return torch.where(self.alive_M, loss_M, nan_M), torch.where(self.alive_M, norm_M, nan_M)
 
@@ -144,14 +165,36 @@ class SlotStack:
         return total_M
 
     def state(self, slot: int) -> tuple[dict, dict, int]:
-        """(parameters, moments, step) of a slot, copied to the CPU; on a GPU beside what it does next."""
-        device_rows = [rows[slot] for rows in (self.flat.data, self.optimizer.m_MxP, self.optimizer.v_MxP, self.step_M)]
-        if self.device.type == "cuda":
-            device_rows = to_host(device_rows, self.copies)
-        *rows, step = device_rows
-        params, m, v = ({name: view[0].detach().clone() for name, view in self.flat.views(row[None]).items()} for row in rows)
-        moments = {f"{name}.m": tensor for name, tensor in m.items()} | {f"{name}.v": tensor for name, tensor in v.items()}
-        return params, moments, int(step)
+        """(parameters, moments, step) of a slot, copied to the CPU.
+
+        The moments are all that is kept beside the parameters: the optimizer's and, as "average/KIND/NAME", averages.
+        """
+        patterns, memories = self._rows(), self._memories()
+        *found, step = self._to_cpu([held[slot] for held in (*patterns.values(), *memories.values(), self.step_M)])
+        rows = found[: len(patterns)]
+        told = [self._named(pattern, row) for pattern, row in zip(patterns, rows, strict=True)]
+        params, moments = told[0], {name: tensor for part in told[1:] for name, tensor in part.items()}
+        return params, moments | dict(zip(memories, found[len(patterns) :], strict=True)), int(step)
+
+    def _to_cpu(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Copies on the CPU; on a GPU made beside what it does next."""
+        return to_host(tensors, self.copies) if self.device.type == "cuda" else [tensor.detach().clone() for tensor in tensors]
+
+    def _named(self, pattern: str, row_P: torch.Tensor) -> dict[str, torch.Tensor]:
+        """One tensor a parameter from a row of the layout, each with memory of its own."""
+        return {pattern.format(name): view[0].detach().clone() for name, view in self.flat.views(row_P[None]).items()}
+
+    def _evaluated(self, rows: slice) -> torch.Tensor:
+        """The weights that are validated, averaged and handed out, (rows, P): Schedule-Free's x, or what is trained."""
+        return self.optimizer.evaluated(rows) if isinstance(self.optimizer, StackedScheduleFreeAdamW) else self.flat.data[rows].detach()
+
+    def weights(self, slot: int) -> dict[str, torch.Tensor]:
+        """Copies on the CPU of the weights of a slot that are validated: the run's model."""
+        return self._named("{}", *self._to_cpu([self._evaluated(slice(slot, slot + 1))[0]]))
+
+    def window_mean(self, slot: int) -> dict[str, torch.Tensor]:
+        """Copies on the CPU of the mean of a slot's weights over the steps of the window that it stands in."""
+        return self._named("{}", *self._to_cpu([self.averages.buffers["mean"][slot]]))
 
     def is_alive(self, slot: int) -> bool:
         """Whether the slot is loaded and has not diverged."""
@@ -159,7 +202,8 @@ class SlotStack:
 
     def validate(self, slot: int) -> tuple[float, np.ndarray, np.ndarray]:
         """Validation loss in nats per token, per-sequence means (float32) and the document each belongs to."""
-        return validate({name: t[slot].detach() for name, t in self.params.items()}, self.model, self.scalars, self.tokens)
+        views = self.flat.views(self._evaluated(slice(slot, slot + 1)))
+        return validate({name: view[0] for name, view in views.items()}, self.model, self.scalars, self.tokens)
 
 
 @torch.no_grad()

@@ -161,7 +161,7 @@ class Store:
         for entry in os.scandir(folder) if folder.is_dir() else ():
             meta = read_json(Path(entry.path) / "meta.json")
             has_state = os.path.exists(os.path.join(entry.path, "state.safetensors"))
-            seen = Observe(val_every_tokens=meta["val_every_tokens"])
+            seen = Observe.from_meta(meta)
             if (has_state or meta["diverged_at"] is not None) and seen.covers(observe):
                 if has_state:
                     check_size(Path(entry.path) / "state.safetensors", meta["files"]["state.safetensors"])

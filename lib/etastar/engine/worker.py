@@ -120,7 +120,8 @@ class Worker:
                 if self.busy:
                     return
                 with self._clocked("loading"):
-                    self.stack, slots = verified(functools.partial(_build, task.recipe), self.slots)
+                    averages = {"observe": self.observe} if self.observe.averages else {}
+                    self.stack, slots = verified(functools.partial(_build, task.recipe, **averages), self.slots)
                 self.jobs = [None] * slots
                 self.chunk_steps, self.new_stack = 4, True
             self.waiting.pop(0)
@@ -153,7 +154,8 @@ class Worker:
     def _steps_to_event(self, job: Job) -> int:
         batch_tokens = job.task.recipe.batch_tokens
         ahead = range(job.step + 1, min(job.task.node.step, job.step + self.chunk_steps) + 1)
-        due = (step for step in ahead if step == job.task.node.step or self.observe.val_due(step, batch_tokens))
+        due = (step for step in ahead if step == job.task.node.step or self.observe.val_due(step, batch_tokens)
+               or self.observe.window_due(step, batch_tokens))
         return next(due, self.chunk_steps + job.step) - job.step
 
     def _look(self, slot: int, job: Job, report) -> None:
@@ -166,6 +168,10 @@ class Worker:
             validation = self.stack.validate(slot) if observed or (done and job.task.ends) else None
         if observed:
             job.val_loss[job.step] = validation[0]
+        if job.step > job.saved_step and self.observe.window_due(job.step, job.task.recipe.batch_tokens):
+            with self._clocked("writing"):  # before any state that stands on it
+                runs.write_window(self.store, job.task.recipe, job.here(), self.observe.average_every_tokens,
+                                  self.stack.window_mean(slot), self.stack.weights(slot))
         if done:
             with self._clocked("writing"):
                 self._finish(slot, job, report, validation=validation)
@@ -175,17 +181,19 @@ class Worker:
 
     def _finish(self, slot: int, job: Job, report, validation=None, diverged=False) -> None:
         task, frame = job.task, job.frame()
-        state = None
+        state = model = None
         if diverged:
             finite = int(np.isfinite(frame.train_loss).sum())
             frame = frame.iloc[: finite + 1]  # one row of NaN marks the step that could not be taken
         else:
             state = self.stack.state(slot)
+            model = self.stack.weights(slot) if task.ends else None
         diverged_at = job.saved_step + len(frame) if diverged else None
         if task.parent != task.node:
             self._write_node(job, task.node, frame, state, "end", diverged_at)
         for recipe in task.ends:
-            runs.write_run(self.store, recipe, task.node, self.observe, self.stack.tokens.vocab, state, validation)
+            runs.write_run(self.store, recipe, task.node, self.observe, self.stack.tokens.vocab, model, validation,
+                           averages={} if state is None else state[1])
         if job.saved != task.parent:
             self.store.drop_state(job.saved)
         self.stack.clear(slot)
@@ -202,7 +210,7 @@ class Worker:
 
     def _write_node(self, job, node, frame, state, kind, diverged_at) -> None:
         meta = {"kind": kind, "parent": [job.saved.step, job.saved.prefix] if job.saved else None,
-                "diverged_at": diverged_at, "val_every_tokens": self.observe.val_every_tokens}
+                "diverged_at": diverged_at, **self.observe.to_meta()}
         data = None if state is None else tensor_bytes(state_tensors(*state))
         self.store.write_node(node, frame, data, meta)
 
@@ -212,9 +220,9 @@ class Worker:
                 self._snapshot(slot, job)
 
 
-def _build(recipe: Recipe, slots: int) -> SlotStack:
+def _build(recipe: Recipe, slots: int, observe: Observe | None = None) -> SlotStack:
     """A stack for a recipe's shape; on a GPU it takes a step, for only then is it known whether the memory holds it."""
-    stack = SlotStack(recipe, prepare(recipe.corpus), slots)
+    stack = SlotStack(recipe, prepare(recipe.corpus), slots, observe=observe)
     if recipe.execution.device == "cuda":
         stack.load(0, recipe, None)
         stack.train(np.zeros((slots, 1)))
@@ -254,8 +262,7 @@ def main() -> None:
                 return None
             tasks.append(Task.from_json(json.loads(line)))
 
-    worker = Worker(Store(config["store"]), config["slots"], Observe(val_every_tokens=config["val_every_tokens"]),
-                    config["snapshot_seconds"])
+    worker = Worker(Store(config["store"]), config["slots"], Observe.from_meta(config), config["snapshot_seconds"])
     try:
         worker.work(take, report)
         report({"clock": worker.clock})
