@@ -12,7 +12,8 @@ from benchmarks.rows import in_turns
 from benchmarks.shapes import recipe_of, shapes
 from etastar.model.decoder import init_parameters
 from etastar.model.parametrization import numbers
-from etastar.optim.adamw import Flat, StackedAdamW
+from etastar.optim.adamw import StackedAdamW
+from etastar.optim.stacked import Flat
 
 SLOTS = (1, 8)
 REFERENCE = "torch.optim.AdamW fused"

@@ -1,8 +1,24 @@
 """What several tests ask for: small notebooks, and a skip where something is not installed here."""
 
+import contextlib
 import json
 
 import pytest
+
+
+@pytest.fixture(scope="session")
+def skip_if_not_fetched():
+    """A context: what it encloses reads published files, and the test is skipped, with the command to run, where none is here."""
+    from etastar.archives import NotFetched
+
+    @contextlib.contextmanager
+    def context():
+        try:
+            yield
+        except NotFetched as missing:
+            pytest.skip(str(missing))
+
+    return context
 
 
 @pytest.fixture

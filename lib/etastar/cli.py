@@ -41,7 +41,6 @@ def _parser() -> argparse.ArgumentParser:
     layout.add_argument("--device", choices=("cpu", "cuda"), help="where to train (default: what the preset says)")
     layout.add_argument("--workers", type=int, help="worker processes (default: one a core)")
     layout.add_argument("--slots", type=int, help="runs a worker trains in step (default: 1 on a CPU)")
-
     layout.add_argument("--execution", choices=("auto",), help="compute in the way that is fastest here, by measurement; held by the store")
 
     verb = verbs.add_parser("doctor", parents=[common], help="what this machine has and how runs will be executed")

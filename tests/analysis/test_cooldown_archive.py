@@ -23,7 +23,7 @@ from etastar.analysis.cooldown_archive import (
     shape_table,
     sweep_pairs,
 )
-from etastar.archives import NotFetched, archive, evaluations
+from etastar.archives import archive, evaluations
 
 RUN = {"series": "sl", "dataset": "slimpajama", "model": "llama_norm", "params": 123_587_328, "batch_tokens": 102_400, "steps": 1000,
        "schedule": "cosine", "cooldown_fraction": np.nan, "shape": "cosine", "floor": 0.1, "peak_lr": 1e-3, "swa_loss": np.nan}
@@ -109,11 +109,9 @@ def test_overshoot_by_hand():
 
 
 @pytest.fixture(scope="module")
-def published():
-    try:
+def published(skip_if_not_fetched):
+    with skip_if_not_fetched():
         runs = archive("haegele")
-    except NotFetched as missing:
-        pytest.skip(str(missing))
     lacking = [p for p in runs.attrs["missing"] if "_slimpajama_llama" in p]
     if lacking:
         pytest.skip(f"{len(lacking)} published runs on SlimPajama are missing here; run `etastar fetch archives haegele`")

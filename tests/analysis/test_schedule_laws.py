@@ -14,7 +14,7 @@ from etastar.analysis.schedule_laws import (
     fit_multi_power_law,
     score,
 )
-from etastar.archives import NotFetched, curves, multi_power_law
+from etastar.archives import curves, multi_power_law
 from etastar.schedules import WSD, Cosine
 
 WARMUP = 50
@@ -123,11 +123,9 @@ def test_best_rates_of_the_convex_bound_are_those_of_the_papers_code():
 
 
 @pytest.fixture(scope="module")
-def published():
-    try:
+def published(skip_if_not_fetched):
+    with skip_if_not_fetched():
         long = curves("multi_power_law")
-    except NotFetched as missing:
-        pytest.skip(str(missing))
     return {size: {name: (multi_power_law.learning_rates(name), c["step"].to_numpy(), c["loss"].to_numpy())
                    for name, c in of_size.groupby("curve")} for size, of_size in long.groupby("size")}
 

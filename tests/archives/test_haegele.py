@@ -127,11 +127,9 @@ def test_a_log_that_begins_late_leaves_a_gap_and_no_false_trunk(published, made_
 
 
 @pytest.mark.archive
-def test_the_published_runs_are_read_whole_and_have_the_rates_their_schedules_say():
-    try:
+def test_the_published_runs_are_read_whole_and_have_the_rates_their_schedules_say(skip_if_not_fetched):
+    with skip_if_not_fetched():
         runs, logged = es.archive("haegele"), curves("haegele")
-    except NotFetched as missing:
-        pytest.skip(str(missing))
     assert len(runs) + len([p for p in runs.attrs["missing"] if haegele.is_data(p)]) == 235
     assert runs["run"].is_unique and runs.attrs["licence"] == "MIT" and not logged.attrs["without_trunk"]
     own = dict(list(logged[logged["lr"].notna()].groupby("run")))

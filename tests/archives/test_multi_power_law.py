@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import etastar as es
-from etastar.archives import NotFetched, curves, evaluations, multi_power_law
+from etastar.archives import curves, evaluations, multi_power_law
 
 
 def made_up_curve(name, size=25, shift=0.0):
@@ -46,11 +46,9 @@ def test_schedules_by_literal_values():
 
 
 @pytest.mark.archive
-def test_the_published_curves_are_read():
-    try:
+def test_the_published_curves_are_read(skip_if_not_fetched):
+    with skip_if_not_fetched():
         frame = es.archive("multi_power_law")
-    except NotFetched as missing:
-        pytest.skip(str(missing))
     final = frame.set_index("run")["final_loss"]
     # at one peak and one floor, a cooldown over the last sixth beats the cosine by 0.028 nats at both sizes
     for size in ("25M", "100M"):

@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from tests.engine.tiny import BATCH, recipe
 
 import etastar as es
+from tiny import BATCH, recipe
 
 
 @pytest.mark.parametrize("backend, workers", [("inline", None), ("local", 2)])

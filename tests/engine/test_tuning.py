@@ -1,13 +1,13 @@
 """Which way of computing is taken, from made-up timings; and that a store holds what was chosen first."""
 
 import pytest
-from tests.engine.tiny import recipe as tiny
 
 import etastar as es
 from etastar.engine import execute, measure, tuning
 from etastar.engine.slots import stack_key
 from etastar.engine.store import Store
 from etastar.recipe import Execution
+from tiny import recipe as tiny
 
 
 def recipe(**changes):

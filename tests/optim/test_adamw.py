@@ -4,9 +4,11 @@ import dataclasses
 
 import pytest
 import torch
+from gradients import gradient
 
 from etastar.model.parametrization import ParameterNumbers, numbers
-from etastar.optim.adamw import ALIGN, Flat, StackedAdamW
+from etastar.optim.adamw import StackedAdamW
+from etastar.optim.stacked import ALIGN, Flat
 from etastar.recipe import SP, AdamW, Model
 
 MODEL = Model(width=16, depth=1, head_dim=8, context=8)
@@ -24,13 +26,6 @@ def filled(slots=3, seed=0):
     for slot, option in enumerate(OPTIONS[:slots]):
         optimizer.configure(slot, option)
     return flat, optimizer
-
-
-def gradient(flat, step):
-    grad = flat.like()
-    for i, view in enumerate(flat.views(grad).values()):
-        view.copy_(torch.randn(view.shape, generator=torch.Generator().manual_seed(1000 * step + i)) * (0.1 + step % 7))
-    return grad
 
 
 @pytest.mark.parametrize("clipped", [False, True], ids=["bit for bit", "clipped"])

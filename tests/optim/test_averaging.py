@@ -9,8 +9,8 @@ from torch.optim import swa_utils
 
 from etastar.engine.slots import SlotStack
 from etastar.observe import Observe, step_of_window
-from etastar.optim.adamw import Flat
 from etastar.optim.averaging import StackedAverages, compose, ema_decay
+from etastar.optim.stacked import Flat
 from etastar.recipe import AdamW, ScheduleFreeAdamW
 from etastar.text.corpora import prepare
 from tiny import BATCH, CORPUS, recipe

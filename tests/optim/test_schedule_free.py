@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from gradients import gradient
 
 import etastar as es
 from etastar.engine.checkpoint import split_state
 from etastar.engine.plan import Node, prefix_hash
 from etastar.engine.slots import SlotStack, validate
 from etastar.model.parametrization import ParameterNumbers, numbers, scalars
-from etastar.optim.adamw import Flat
 from etastar.optim.schedule_free import StackedScheduleFreeAdamW, _power
+from etastar.optim.stacked import Flat
 from etastar.recipe import SP, Model, ScheduleFreeAdamW
 from etastar.text.batches import validation_batches
 from etastar.text.corpora import prepare
@@ -36,13 +37,6 @@ def filled(table=TABLE, options=OPTIONS, compiled=False):
     for slot, option in enumerate(options):
         optimizer.configure(slot, option)
     return flat, optimizer
-
-
-def gradient(flat, step):
-    grad = flat.like()
-    for i, view in enumerate(flat.views(grad).values()):
-        view.copy_(torch.randn(view.shape, generator=torch.Generator().manual_seed(1000 * step + i)) * (0.1 + step % 7))
-    return grad
 
 
 def package(flat, slot, option, table=TABLE, **given):

@@ -5,7 +5,8 @@ import torch
 
 from etastar.model.decoder import init_parameters, loss
 from etastar.model.parametrization import numbers, scalars
-from etastar.optim.adamw import Flat, StackedAdamW
+from etastar.optim.adamw import StackedAdamW
+from etastar.optim.stacked import Flat
 from etastar.recipe import SP, AdamW, Model
 
 MODEL, VOCAB, STEPS = Model(width=32, depth=2, head_dim=16, context=32, tied=False), 128, 32

@@ -5,6 +5,7 @@ including that of step t. Curves to fit are (rates, steps, losses) triples.
 """
 
 import dataclasses
+import functools
 
 import numpy as np
 from scipy import optimize
@@ -32,7 +33,7 @@ class MultiPowerLaw:
         """Loss (len(steps),) in nats at `steps` of the schedule `lr` (total_steps,)."""
         lr, steps = np.asarray(lr, dtype=float), np.asarray(steps)
         change = np.flatnonzero(np.diff(lr)) + 1
-        knots = _Knots(lr, steps, change, lr[change] - lr[change - 1])
+        knots = _Knots.of(lr, steps, change, lr[change] - lr[change - 1])
         return np.concatenate([self._at(part) for part in knots.chunks()]) if len(steps) else np.empty(0)
 
     def _at(self, knots: "_Knots") -> np.ndarray:
@@ -79,29 +80,32 @@ def annealing_areas(lr, memory: float = 0.999, warmup_steps: int = 0) -> tuple[n
     return np.cumsum(lr), np.cumsum(momentum)
 
 
+@dataclasses.dataclass(frozen=True)
 class _Knots:
-    """Where a schedule's rate changes, as seen from the steps to predict: areas from each change on to each step."""
+    """Where a schedule's rate changes, as seen from the steps to predict, with the sums of rates that both have before them."""
 
-    def __init__(self, lr, steps, knots, jump):
+    steps: np.ndarray
+    total: np.ndarray  # S1 at each of the steps
+    knots: np.ndarray
+    before: np.ndarray  # the same before each of the knots
+    rate: np.ndarray
+    jump: np.ndarray
+
+    @staticmethod
+    def of(lr, steps, knots, jump) -> "_Knots":
         area = np.cumsum(lr)
-        self.total, self.rate, self.jump = area[steps], lr[knots], jump
-        self.steps, self.knots, self.area, self.before = steps, knots, area, area[knots] - lr[knots]
+        return _Knots(steps, area[steps], knots, area[knots] - lr[knots], lr[knots], jump)
 
-    @property
+    @functools.cached_property
     def since(self) -> np.ndarray:
         """S_k(t), 0 for changes that are still to come: (steps, knots)."""
-        if not hasattr(self, "_since"):
-            self._since = np.where(self.knots <= self.steps[:, None], self.total[:, None] - self.before, 0.0)
-        return self._since
+        return np.where(self.knots <= self.steps[:, None], self.total[:, None] - self.before, 0.0)
 
     def chunks(self, most: int = 1 << 22):
         """The same for a few steps at a time, so that 72,000 changes seen from 500 steps need no gigabytes."""
         size = max(1, most // max(1, len(self.knots)))
         for at in range(0, len(self.steps), size):
-            part = object.__new__(_Knots)
-            part.__dict__ |= {k: v for k, v in self.__dict__.items() if k != "_since"}
-            part.steps, part.total = self.steps[at : at + size], self.total[at : at + size]
-            yield part
+            yield dataclasses.replace(self, steps=self.steps[at : at + size], total=self.total[at : at + size])
 
 
 def _coarse_knots(lr, steps, block: int) -> _Knots:
@@ -112,7 +116,7 @@ def _coarse_knots(lr, steps, block: int) -> _Knots:
     weight, jump = np.add.reduceat(np.abs(change), starts), np.add.reduceat(change, starts)
     moment = np.add.reduceat(np.abs(change) * np.arange(len(lr)), starts)
     kept = weight > 0
-    return _Knots(lr, np.asarray(steps), np.rint(moment[kept] / weight[kept]).astype(int), jump[kept])
+    return _Knots.of(lr, np.asarray(steps), np.rint(moment[kept] / weight[kept]).astype(int), jump[kept])
 
 
 def fit_multi_power_law(curves, block: int = 64, every: int = 2) -> MultiPowerLaw:

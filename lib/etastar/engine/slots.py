@@ -7,14 +7,16 @@ import numpy as np
 import torch
 
 from etastar.compiling import compiled_alone
+from etastar.engine.checkpoint import AVERAGE
 from etastar.engine.graph import StepTables, to_host
 from etastar.engine.kernels import fix_workspace, kernels
 from etastar.model import decoder
 from etastar.model.parametrization import numbers, scalars
 from etastar.observe import Observe
-from etastar.optim.adamw import Flat, StackedAdamW
+from etastar.optim.adamw import StackedAdamW
 from etastar.optim.averaging import StackedAverages
 from etastar.optim.schedule_free import StackedScheduleFreeAdamW
+from etastar.optim.stacked import Flat
 from etastar.recipe import AdamW, Recipe, ScheduleFreeAdamW
 from etastar.text.batches import batch, validation_batches
 from etastar.text.corpora import TokenSet
@@ -22,11 +24,7 @@ from etastar.values import digest
 
 VALIDATION_TOKENS = 2**16
 
-# For each kind of optimizer: its stack, and what it keeps of a slot beside the parameters, as names of (M, P) and of (M,) tensors
-OPTIMIZERS = {
-    AdamW: (StackedAdamW, ("m", "v"), ()),
-    ScheduleFreeAdamW: (StackedScheduleFreeAdamW, ("z", "v"), ("lr_max", "weight_sum")),
-}
+OPTIMIZERS = {AdamW: StackedAdamW, ScheduleFreeAdamW: StackedScheduleFreeAdamW}
 
 
 def stack_key(recipe: Recipe) -> str:
@@ -57,8 +55,7 @@ class SlotStack:
         self.params = {name: view.requires_grad_() for name, view in self.flat.views(self.flat.data).items()}
         self.grad_MxP = self.flat.like()
         self.grads = self.flat.views(self.grad_MxP)
-        stacked, self.moments, self.memories = OPTIMIZERS[type(recipe.optimizer)]
-        self.optimizer = stacked(self.flat, compiled=recipe.execution.compiled)
+        self.optimizer = OPTIMIZERS[type(recipe.optimizer)](self.flat, compiled=recipe.execution.compiled)
         self.averages = StackedAverages(self.flat, observe, recipe.batch_tokens) if observe and observe.averages else None
         self.recipes: list[Recipe | None] = [None] * slots
         self.step_M = torch.zeros(slots, dtype=torch.int64, device=self.device)
@@ -93,13 +90,13 @@ class SlotStack:
 
     def _rows(self) -> dict[str, torch.Tensor]:
         """All (M, P) tensors of the state, by the pattern that makes a parameter's name the tensor's: "{}", "{}.m", "average/mean/{}"."""
-        moments = {f"{{}}.{name}": getattr(self.optimizer, f"{name}_MxP") for name in self.moments}
+        moments = {f"{{}}.{name}": getattr(self.optimizer, f"{name}_MxP") for name in self.optimizer.moments}
         averages = self.averages.buffers if self.averages else {}
-        return {"{}": self.flat.data} | moments | {f"average/{name}/{{}}": rows_MxP for name, rows_MxP in averages.items()}
+        return {"{}": self.flat.data} | moments | {f"{AVERAGE}{name}/{{}}": rows_MxP for name, rows_MxP in averages.items()}
 
     def _memories(self) -> dict[str, torch.Tensor]:
         """The (M,) float64 tensors that the optimizer remembers each slot by."""
-        return {name: getattr(self.optimizer, f"{name}_M") for name in self.memories}
+        return {name: getattr(self.optimizer, f"{name}_M") for name in self.optimizer.memories}
 
     @property
     def micro_batch(self) -> int:
@@ -147,7 +144,7 @@ class SlotStack:
         self.step_M += self.alive_M
         self.optimizer.step(self.grad_MxP, lr_M, self.step_M, self.alive_M)
         if self.averages:
-            self.averages.update(self._evaluated(slice(None)), self.step_M, self.alive_M)
+            self.averages.update(self.optimizer.evaluated(), self.step_M, self.alive_M)
         nan_M = torch.full_like(loss_M, float("nan"))
         return torch.where(self.alive_M, loss_M, nan_M), torch.where(self.alive_M, norm_M, nan_M)
 
@@ -184,13 +181,9 @@ class SlotStack:
         """One tensor a parameter from a row of the layout, each with memory of its own."""
         return {pattern.format(name): view[0].detach().clone() for name, view in self.flat.views(row_P[None]).items()}
 
-    def _evaluated(self, rows: slice) -> torch.Tensor:
-        """The weights that are validated, averaged and handed out, (rows, P): Schedule-Free's x, or what is trained."""
-        return self.optimizer.evaluated(rows) if isinstance(self.optimizer, StackedScheduleFreeAdamW) else self.flat.data[rows].detach()
-
     def weights(self, slot: int) -> dict[str, torch.Tensor]:
         """Copies on the CPU of the weights of a slot that are validated: the run's model."""
-        return self._named("{}", *self._to_cpu([self._evaluated(slice(slot, slot + 1))[0]]))
+        return self._named("{}", *self._to_cpu([self.optimizer.evaluated(slice(slot, slot + 1))[0]]))
 
     def window_mean(self, slot: int) -> dict[str, torch.Tensor]:
         """Copies on the CPU of the mean of a slot's weights over the steps of the window that it stands in."""
@@ -202,7 +195,7 @@ class SlotStack:
 
     def validate(self, slot: int) -> tuple[float, np.ndarray, np.ndarray]:
         """Validation loss in nats per token, per-sequence means (float32) and the document each belongs to."""
-        views = self.flat.views(self._evaluated(slice(slot, slot + 1)))
+        views = self.flat.views(self.optimizer.evaluated(slice(slot, slot + 1)))
         return validate({name: view[0] for name, view in views.items()}, self.model, self.scalars, self.tokens)
 
 

@@ -42,7 +42,7 @@ def choose(recipe: Recipe, tokens: int, workers: int) -> Choice:
     if rows.seconds.iloc[0] > COMPILE_SECONDS:
         compiled = _with(recipe, recipe.execution.micro_batch_sequences, True)
         ways.append((compiled, 1))
-        rows = _timed(ways, tokens, workers)
+        rows = pd.concat([rows, _timed(ways[-1:], tokens, workers)], ignore_index=True)
     best = int(rows.seconds.idxmin())
     best = best if rows.seconds[best] < (1 - LEAST_GAIN) * rows.seconds[0] else 0
     rows["chosen"] = rows.index == best

@@ -120,8 +120,7 @@ class Worker:
                 if self.busy:
                     return
                 with self._clocked("loading"):
-                    averages = {"observe": self.observe} if self.observe.averages else {}
-                    self.stack, slots = verified(functools.partial(_build, task.recipe, **averages), self.slots)
+                    self.stack, slots = verified(functools.partial(_build, task.recipe, self.observe), self.slots)
                 self.jobs = [None] * slots
                 self.chunk_steps, self.new_stack = 4, True
             self.waiting.pop(0)
@@ -220,7 +219,7 @@ class Worker:
                 self._snapshot(slot, job)
 
 
-def _build(recipe: Recipe, slots: int, observe: Observe | None = None) -> SlotStack:
+def _build(recipe: Recipe, observe: Observe, slots: int) -> SlotStack:
     """A stack for a recipe's shape; on a GPU it takes a step, for only then is it known whether the memory holds it."""
     stack = SlotStack(recipe, prepare(recipe.corpus), slots, observe=observe)
     if recipe.execution.device == "cuda":

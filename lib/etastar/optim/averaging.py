@@ -9,7 +9,7 @@ import math
 import torch
 
 from etastar.observe import Observe, step_of_window
-from etastar.optim.adamw import Flat
+from etastar.optim.stacked import Flat
 
 
 class StackedAverages:

@@ -6,52 +6,7 @@ are y; x is not kept but follows from y and z, and is what is validated and hand
 
 import torch
 
-from etastar.compiling import compiled_alone
-from etastar.optim.adamw import Flat, StackedAdamW, _multipliers
-
-OPTIONS = ("weight_decay", "beta1", "beta2", "eps", "clip_norm", "r", "weight_lr_power")
-
-
-class StackedScheduleFreeAdamW:
-    """z, second moments and the running weights of a stack; `step` moves y, the flat parameters, in place.
-
-    `lr_max_M` and `weight_sum_M` (float64) are all that the mean remembers of the rates before. No tensor is ever replaced.
-    """
-
-    configure, clip = StackedAdamW.configure, StackedAdamW.clip
-
-    def __init__(self, flat: Flat, compiled: bool = False):
-        self.flat = flat
-        slots, device = len(flat.data), flat.data.device
-        self.z_MxP, self.v_MxP = flat.like(), flat.like()
-        self.lr_max_M, self.weight_sum_M = (torch.zeros(slots, dtype=torch.float64, device=device) for _ in range(2))
-        self.options = {name: torch.zeros(slots, 1, dtype=torch.float64, device=device) for name in OPTIONS}
-        self.multipliers = tuple(_multipliers(row) for _, _, row in flat.groups)
-        self.spans = tuple((start, stop) for start, stop, _ in flat.groups)
-        self.numbers = compiled_alone(_numbers) if compiled and flat.data.is_cuda else _numbers  # as in StackedAdamW
-        self.masked = compiled_alone(_masked_update) if compiled else _masked_update
-        self.asks = not compiled and not flat.data.is_cuda
-
-    @torch.no_grad()
-    def evaluated(self, rows: slice = slice(None)) -> torch.Tensor:
-        """x of some slots, (rows, P): the weights to validate, to average and to hand out."""
-        weight_Mx1 = (1 - 1 / self.options["beta1"][rows]).float()
-        return torch.lerp(self.flat.data[rows], self.z_MxP[rows], weight_Mx1)
-
-    @torch.no_grad()
-    def step(self, grad_MxP: torch.Tensor, lr_M: torch.Tensor, step_M: torch.Tensor, alive_M: torch.Tensor) -> None:
-        """One update of every slot that is alive; the others keep every bit.
-
-        `lr_M` float64 is the rate of this step, warm-up included; `step_M` the number of this step counted from 1.
-        """
-        lr_max_M, weight_sum_M, by = self.numbers(self.options, lr_M, step_M, self.lr_max_M, self.weight_sum_M, self.multipliers)
-        for held_M, new_M in ((self.lr_max_M, lr_max_M), (self.weight_sum_M, weight_sum_M)):
-            held_M.copy_(torch.where(alive_M, new_M, held_M))
-        tensors = self.flat.data, self.z_MxP, self.v_MxP
-        if self.asks and bool(alive_M.all()):
-            _update(*tensors, grad_MxP, by, self.spans)
-        else:
-            self.masked(*tensors, grad_MxP, alive_M[:, None], by, self.spans)
+from etastar.optim.stacked import Flat, StackedOptimizer
 
 
 def _numbers(options, lr_M, step_M, lr_max_M, weight_sum_M, multipliers):
@@ -100,10 +55,35 @@ def _update(y_MxP, z_MxP, v_MxP, grad_MxP, by, spans) -> None:
         z.addcmul_(move, z_rate_Mx1)
 
 
-def _masked_update(y_MxP, z_MxP, v_MxP, grad_MxP, alive_Mx1, by, spans) -> None:
-    """`_update` of the slots that are alive; the others keep every bit, whatever their gradient is."""
-    held = y_MxP, z_MxP, v_MxP
-    made = tuple(tensor.clone() for tensor in held)
-    _update(*made, grad_MxP, by, spans)
-    for old_MxP, new_MxP in zip(held, made, strict=True):
-        old_MxP.copy_(torch.where(alive_Mx1, new_MxP, old_MxP))
+class StackedScheduleFreeAdamW(StackedOptimizer):
+    """z, second moments and the running weights of a stack; `step` moves y, the flat parameters, in place.
+
+    `lr_max_M` and `weight_sum_M` are all that the mean remembers of the rates before.
+    """
+
+    option_names = ("weight_decay", "beta1", "beta2", "eps", "clip_norm", "r", "weight_lr_power")
+    moments, memories = ("z", "v"), ("lr_max", "weight_sum")
+    numbers, update = staticmethod(_numbers), staticmethod(_update)
+
+    def __init__(self, flat: Flat, compiled: bool = False):
+        super().__init__(flat, compiled)
+        self.z_MxP, self.v_MxP = flat.like(), flat.like()
+        slots, device = len(flat.data), flat.data.device
+        self.lr_max_M, self.weight_sum_M = (torch.zeros(slots, dtype=torch.float64, device=device) for _ in range(2))
+
+    @torch.no_grad()
+    def evaluated(self, rows: slice = slice(None)) -> torch.Tensor:
+        """x of some slots, (rows, P): the weights to validate, to average and to hand out."""
+        weight_Mx1 = (1 - 1 / self.options["beta1"][rows]).float()
+        return torch.lerp(self.flat.data[rows], self.z_MxP[rows], weight_Mx1)
+
+    @torch.no_grad()
+    def step(self, grad_MxP: torch.Tensor, lr_M: torch.Tensor, step_M: torch.Tensor, alive_M: torch.Tensor) -> None:
+        """One update of every slot that is alive; the others keep every bit.
+
+        `lr_M` float64 is the rate of this step, warm-up included; `step_M` the number of this step counted from 1.
+        """
+        lr_max_M, weight_sum_M, by = self.numbers(self.options, lr_M, step_M, self.lr_max_M, self.weight_sum_M, self.multipliers)
+        for held_M, new_M in ((self.lr_max_M, lr_max_M), (self.weight_sum_M, weight_sum_M)):
+            held_M.copy_(torch.where(alive_M, new_M, held_M))
+        self._apply((self.flat.data, self.z_MxP, self.v_MxP), grad_MxP, alive_M, by)
