@@ -77,7 +77,7 @@ def test_a_study_is_planned_with_its_power_and_what_an_effect_needs(etastar):
     (("run", "nope"), "unknown study 'nope'"),
     (("run", "nope.json"), "no file nope.json"),
     (("runs", "show"), "needs a run id"),
-    (("runs", "show", "abc"), "no finished run 'abc'"),
+    (("runs", "show", "abc"), "no run 'abc'"),
     (("runs", "export", "x.xls"), "ends in .csv or .parquet"),
     (("reproduce", "--study", "nope", "--preset", "smoke"), "unknown study 'nope'"),
     (("plan", "01", "--preset", "smoke", "--minutes", "-3", "--no-measure"), "minutes must be positive"),

@@ -32,6 +32,7 @@ def test_defaults_are_not_in_the_json_so_that_a_new_field_orphans_no_store():
     dict(corpus=es.Corpus("synthetic", vocab=512)), dict(schedule=es.Constant()), dict(parametrization=es.SP(init_std=0.1)),
     dict(execution=es.Execution(micro_batch_sequences=8)), dict(execution=es.Execution(compiled=True)), dict(batch_tokens=2048),
     dict(execution=es.Execution(precision="bf16")), dict(model=es.Model(width=64, depth=3, head_dim=32, context=64)),
+    dict(beta2_changes=((2**19, 0.99),)),
 ], ids=lambda c: next(iter(c)))
 def test_whatever_decides_the_bits_is_in_the_id(change):
     assert recipe(**change).run_id != recipe().run_id
@@ -50,6 +51,21 @@ def test_the_trunk_knows_no_schedule_and_no_horizon():
     assert trunk != recipe(optimizer=es.AdamW(weight_decay=0.2)).trunk_id
 
 
+def test_beta2_changes_are_a_control_that_recipes_without_them_know_nothing_of():
+    changed = recipe(beta2_changes=[[2**18, 0.99], [2**19, 0.999]])
+    assert changed.beta2_changes == ((2**18, 0.99), (2**19, 0.999)) and changed.trunk_id == recipe().trunk_id
+    assert len({changed.run_id, recipe().run_id, changed.replace(beta2_changes=((2**18, 0.99),)).run_id}) == 3
+    assert recipe(beta2_changes=()).run_id == recipe().run_id and "beta2" not in recipe().to_json()
+    assert '"beta2_changes":[[262144,0.99],[524288,0.999]]' in changed.to_json()
+    assert es.Recipe.from_json(changed.to_json()) == changed
+
+
+def test_beta2_is_an_array_like_the_rate():
+    changed = recipe(horizon_tokens=6 * 1024, schedule=es.Constant(), beta2_changes=((2 * 1024, 0.99), (5 * 1024, 0.0)))
+    assert changed.beta2().tolist() == [0.95, 0.95, 0.99, 0.99, 0.99, 0.0]
+    assert recipe(optimizer=es.ScheduleFreeAdamW(beta2=0.9)).beta2().tolist() == [0.9] * 1024
+
+
 @pytest.mark.parametrize("make, said", [
     (lambda: es.Model(width=60, depth=2, head_dim=32), "width 60 is not a multiple of head_dim 32"),
     (lambda: es.Model(width=64, depth=0, head_dim=32), "Model.depth must be at least 1; got 0"),
@@ -62,6 +78,16 @@ def test_the_trunk_knows_no_schedule_and_no_horizon():
     (lambda: recipe(schedule=es.WSD(cooldown_fraction=0.2, floor=1.5)), "floor"),
     (lambda: recipe(schedule=es.WSD(cooldown_fraction=0.2, cooldown_steps=3)), "exactly one of"),
     (lambda: recipe(execution=es.Execution(micro_batch_sequences=5)), "micro_batch_sequences 5 does not divide"),
+    (lambda: recipe(beta2_changes=((1000, 0.99),)), "1000 tokens are not a positive multiple of batch_tokens 1024; take 1024"),
+    (lambda: recipe(beta2_changes=((0, 0.99),)), "0 tokens are not a positive multiple of batch_tokens 1024; take 1024"),
+    (lambda: recipe(beta2_changes=((-1024, 0.99),)), "-1024 tokens are not a positive multiple"),
+    (lambda: recipe(beta2_changes=((2**20, 0.99),)), "1048576 tokens are not before the end of the run at 1048576 tokens; change earlier"),
+    (lambda: recipe(beta2_changes=((2048, 0.99), (1024, 0.9))), r"must rise in tokens; got \[2048, 1024\]: sort them"),
+    (lambda: recipe(beta2_changes=((1024, 0.99), (1024, 0.9))), r"must rise in tokens; got \[1024, 1024\]"),
+    (lambda: recipe(beta2_changes=((1024, 1.0),)), r"beta2 must lie in \[0, 1\); got 1.0 after 1024 tokens"),
+    (lambda: recipe(beta2_changes=((1024, float("nan")),)), r"beta2 must lie in \[0, 1\); got nan"),
+    (lambda: recipe(beta2_changes=((1024, 0.99),), optimizer=es.ScheduleFreeAdamW()),
+     r"beta2_changes \(\(1024, 0.99\),\) are for the optimizer AdamW; got ScheduleFreeAdamW: leave them out"),
     (lambda: es.AdamW(beta2=1.0), r"AdamW.beta2 must lie in \[0, 1\); got 1.0"),
     (lambda: es.Corpus("wikipedia"), "unknown corpus 'wikipedia'; known"),
     (lambda: es.Recipe.from_json(recipe().to_json().replace('"peak_lr"', '"peak_rl"')), "unknown key 'peak_rl' for Recipe"),

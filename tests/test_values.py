@@ -49,6 +49,20 @@ def test_fields_are_coerced_to_their_annotation():
     assert types == [int, float, int, float, float]
 
 
+def test_a_tuple_has_one_kind_a_place_where_its_annotation_says_so():
+    @value
+    class Paired:
+        pairs: tuple[tuple[int, float], ...] = ()
+
+    given = Paired(pairs=[[1.0, 2], (np.int64(3), 0.5)])
+    assert given.pairs == ((1, 2.0), (3, 0.5)) and [type(part) for pair in given.pairs for part in pair] == [int, float] * 2
+    assert canonical_json(given) == '{"kind":"Paired","pairs":[[1,2.0],[3,0.5]]}'
+    assert decode(json.loads(canonical_json(given))) == given and encode(Paired(pairs=[])) == {"kind": "Paired"}
+    for wrong in (((1,),), ((1, 0.5, 2),), ((0.5, 1),), (1, 0.5), ((),)):
+        with pytest.raises(TypeError, match=r"Paired.pairs must be tuple\[tuple\[int, float\], ...\]; got"):
+            Paired(pairs=wrong)
+
+
 def test_equal_values_have_one_json_and_one_hash():
     assert canonical_json(Leaf(share=2)) == canonical_json(Leaf(share=np.float64(2.0)))
     assert canonical_json(Leaf(steps=(2, 3))) == canonical_json(Leaf(steps=[2.0, 3.0]))

@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("run_id", nargs="?", help="for show: the run; for export: a .csv or .parquet file to write")
     verb.add_argument("--states", action="store_true", help="gc: drop the shared states too (runs stay)")
     verb.add_argument("--damaged", action="store_true", help="gc: set damaged runs and states aside")
+    verb.add_argument("--unfinished", action="store_true", help="list: runs that a sweep began and has not finished")
     verb.set_defaults(act=_runs)
 
     verb = verbs.add_parser("reproduce", parents=[common, budget], help="run the notebooks of one study or all; write the report")
@@ -71,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--results", default="results", help="folder of the results (default: results)")
     verb.set_defaults(act=_reproduce)
 
-    verb = verbs.add_parser("branch", parents=[common, layout], help="continue a run from any point under another schedule")
+    verb = verbs.add_parser("branch", parents=[common, layout], help="continue any run from any point under another schedule")
     verb.add_argument("run_id")
     verb.add_argument("--at-tokens", type=int, required=True, help="leave the run after this many tokens")
     verb.add_argument("--schedule", required=True, help='JSON of a schedule over the rest, as {"kind": "WSD", "cooldown_fraction": 1}')
@@ -176,7 +177,7 @@ def _run(options):
 
 
 def _runs(options):
-    from etastar.engine.run import open_run
+    from etastar.engine.run import find_run
     from etastar.engine.store import Store
 
     store = Store(options.store)
@@ -186,17 +187,34 @@ def _runs(options):
     elif options.do == "show":
         if not options.run_id:
             raise ValueError("runs show needs a run id; `etastar runs list` names them")
-        found = open_run(store, options.run_id)
-        print(json.dumps(found.summary | {"recipe": json.loads(found.recipe.to_json())}, indent=1))
+        found = find_run(store, options.run_id)
+        told = {"run_id": found.run_id, "status": found.status, "stored_tokens": found.stored_tokens}
+        print(json.dumps(told | getattr(found, "summary", {}) | {"recipe": json.loads(found.recipe.to_json())}, indent=1))
+    elif options.do == "export":
+        _export(store.table(), options.run_id)
     else:
-        table = store.table()
-        if options.do == "export":
-            _export(table, options.run_id)
-        elif options.json:
+        table = _unfinished(store) if options.unfinished else store.table()
+        if options.json:
             print(table.to_json(orient="records", indent=1))
         else:
             shown = [c for c in ("run_id", "status", "val_loss", "peak_lr", "horizon_tokens", "seed", "schedule") if c in table]
-            print(table[shown].to_string(index=False) if len(table) else f"no finished runs in {store.path}")
+            print(table[shown].to_string(index=False) if len(table)
+                  else f"no {'unfinished' if options.unfinished else 'finished'} runs in {store.path}")
+
+
+def _unfinished(store):
+    """One row a run that a sweep began and has not finished."""
+    import pandas as pd
+
+    from etastar.recipe import Recipe
+    from etastar.values import canonical_json
+
+    rows = []
+    for run_id, (sweep, body) in store.unfinished().items():
+        recipe = Recipe.from_json(body)
+        rows.append({"run_id": run_id, "status": "running" if store.is_running(sweep) else "interrupted", "peak_lr": recipe.peak_lr,
+                     "horizon_tokens": recipe.horizon_tokens, "seed": recipe.seed, "schedule": canonical_json(recipe.schedule)})
+    return pd.DataFrame(rows)
 
 
 def _export(table, path):
@@ -208,17 +226,30 @@ def _export(table, path):
 
 def _branch(options):
     from etastar.engine.execute import run
-    from etastar.engine.run import open_run
-    from etastar.engine.store import Store
-    from etastar.values import decode
+    from etastar.engine.run import find_run
 
-    trunk = open_run(Store(options.store), options.run_id)
-    recipe = trunk.branch_recipe(at_tokens=options.at_tokens, schedule=decode(json.loads(options.schedule)),
+    trunk = find_run(options.store, options.run_id)
+    recipe = trunk.branch_recipe(at_tokens=options.at_tokens, schedule=_schedule(options.schedule),
                                  horizon_tokens=options.horizon_tokens, peak_lr=options.peak_lr)
     done = run([recipe], store=options.store, device=options.device, workers=options.workers, slots=options.slots,
-               execution=options.execution)[0]
+               execution=options.execution, beside=True)[0]
     print(json.dumps({"run_id": done.run_id, "status": done.status, "val_loss": done.summary["val_loss"]})
           if options.json else f"{done.run_id}: {done.status}, validation loss {done.val_loss:.4f} nats per token")
+
+
+def _schedule(text: str):
+    """The schedule in a JSON text; ValueError naming the known kinds for anything else."""
+    from etastar import _PUBLIC
+    from etastar.values import decode
+
+    known = _PUBLIC["schedules"]
+    try:
+        body = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"--schedule is not JSON: {error}; got {text!r}") from None
+    if not isinstance(body, dict) or body.get("kind") not in known:
+        raise ValueError(f"--schedule needs the kind of a schedule, one of {', '.join(known)}; got {text}")
+    return decode(body)
 
 
 def _reproduce(options):

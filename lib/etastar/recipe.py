@@ -5,6 +5,8 @@ import functools
 import json
 from typing import Literal
 
+import numpy as np
+
 from etastar.fingerprint import fingerprint
 from etastar.schedules import Schedule
 from etastar.values import canonical_json, decode, digest_of_json, value
@@ -161,8 +163,9 @@ class Recipe:
     """One training run: model, data, optimizer, schedule, and everything else its bits depend on.
 
     `batch_tokens` is tokens per step and `horizon_tokens` tokens in all; both count predicted tokens. `data_seed` None
-    means `seed`. `repeat` allows more than one epoch, which bars the run from horizon claims.
-    Raises ValueError for shapes, batches, horizons and schedules that cannot be.
+    means `seed`. `repeat` allows more than one epoch, which bars the run from horizon claims. `beta2_changes` are pairs
+    (after_tokens, beta2): from the step after so many tokens on, AdamW's beta2 is this (arXiv 2508.01483 raises it in the cooldown).
+    Raises ValueError for shapes, batches, horizons, schedules and changes that cannot be.
     """
 
     model: Model
@@ -177,6 +180,7 @@ class Recipe:
     data_seed: int | None = None
     repeat: bool = False
     execution: Execution = dataclasses.field(default_factory=Execution)
+    beta2_changes: tuple[tuple[int, float], ...] = ()
 
     def check(self):
         if not self.peak_lr > 0 or self.peak_lr == float("inf"):
@@ -195,6 +199,25 @@ class Recipe:
         if micro is not None and (micro < 1 or self.batch_sequences % micro):
             raise ValueError(f"micro_batch_sequences {micro} does not divide the batch of {self.batch_sequences} sequences")
         self.lr()
+        if self.beta2_changes:
+            self._check_beta2_changes()
+
+    def _check_beta2_changes(self):
+        if not isinstance(self.optimizer, AdamW):
+            raise ValueError(f"beta2_changes {self.beta2_changes} are for the optimizer AdamW; got {type(self.optimizer).__name__}: "
+                             "leave them out or take AdamW")
+        for tokens, beta2 in self.beta2_changes:
+            if tokens < 1 or tokens % self.batch_tokens:
+                raise ValueError(f"beta2_changes: {tokens} tokens are not a positive multiple of batch_tokens {self.batch_tokens}; "
+                                 f"take {_nearest_multiple(tokens, self.batch_tokens)}")
+            if tokens >= self.horizon_tokens:
+                raise ValueError(f"beta2_changes: {tokens} tokens are not before the end of the run at {self.horizon_tokens} tokens; "
+                                 "change earlier or run longer")
+            if not 0 <= beta2 < 1:
+                raise ValueError(f"beta2_changes: beta2 must lie in [0, 1); got {beta2} after {tokens} tokens")
+        after = [tokens for tokens, _ in self.beta2_changes]
+        if after != sorted(set(after)):
+            raise ValueError(f"beta2_changes must rise in tokens; got {after}: sort them and name each once")
 
     @property
     def batch_sequences(self) -> int:
@@ -218,7 +241,7 @@ class Recipe:
 
     @property
     def trunk_id(self) -> str:
-        """Hash of everything but the control arrays: recipes that share it share every step whose controls agree."""
+        """Hash of everything but the controls: recipes that share it share every step whose rates and beta2 agree."""
         return digest_of_json(*self._fixed_json, *map(canonical_json, (self.resolved_data_seed, self.corpus_fingerprint, NUMERICS)))
 
     @functools.cached_property
@@ -237,6 +260,13 @@ class Recipe:
     def lr(self):
         """The learning rate applied at each step: float64 (total_steps,)."""
         return self.schedule.lr(self.total_steps, peak_lr=self.peak_lr, batch_tokens=self.batch_tokens)
+
+    def beta2(self):
+        """The optimizer's beta2 at each step, `beta2_changes` applied: float64 (total_steps,)."""
+        beta2_S = np.full(self.total_steps, self.optimizer.beta2)
+        for after_tokens, beta2 in self.beta2_changes:
+            beta2_S[after_tokens // self.batch_tokens :] = beta2
+        return beta2_S
 
     def replace(self, **changes) -> "Recipe":
         """A copy with some fields changed; checked like any recipe."""
@@ -258,7 +288,7 @@ class Recipe:
 
 NUMERICS = 2  # of a training step: raise it when the same recipe comes to train other bits, and old runs are not continued
 
-_CONTROLS = ("schedule", "peak_lr", "horizon_tokens", "data_seed", "repeat")
+_CONTROLS = ("schedule", "peak_lr", "horizon_tokens", "data_seed", "repeat", "beta2_changes")
 
 
 def _nearest_multiple(number: int, unit: int) -> int:

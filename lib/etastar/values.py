@@ -151,16 +151,23 @@ def _as(given, option):
         return real, float(given) if real else given
     origin = typing.get_origin(option)
     if option is tuple or origin is tuple:
-        return _as_tuple(given, typing.get_args(option)[:1])
+        return _as_tuple(given, typing.get_args(option))
     if origin is typing.Literal:
         return given in typing.get_args(option), given
     return isinstance(given, option), given
 
 
-def _as_tuple(given, element):
+def _as_tuple(given, elements):
+    """`elements` as tuple[…] has them: none for anything, one and an ellipsis for any number of it, or one a place."""
     if not isinstance(given, tuple | list):
         return False, given
-    parts = [_as(part, option) for part in given for option in element] if element else [(True, part) for part in given]
+    if not elements:
+        return True, tuple(given)
+    if elements[1:] == (...,):
+        elements = elements[:1] * len(given)
+    if len(elements) != len(given):
+        return False, given
+    parts = [_as(part, option) for part, option in zip(given, elements, strict=True)]
     return all(ok for ok, _ in parts), tuple(part for _, part in parts)
 
 

@@ -8,13 +8,16 @@ import pandas as pd
 import pytest
 
 from etastar.analysis.cooldown_archive import (
+    RerunNoise,
     arm_names,
+    averaged_after_cooldown,
     averaging_pairs,
     averaging_recovery,
     best_over_rates,
     clustered_mean,
     cosine_overshoot,
     fit_line,
+    from_reruns,
     length_table,
     overshoot_bins,
     perplexity_line,
@@ -22,6 +25,7 @@ from etastar.analysis.cooldown_archive import (
     rerun_noise,
     shape_table,
     sweep_pairs,
+    vertex,
 )
 from etastar.archives import archive, evaluations
 
@@ -96,6 +100,34 @@ def test_tables_over_rates_average_reruns_leave_out_diverged_runs_and_refuse_edg
     assert optima["cosine to 10 %"] == pytest.approx(1.2e-3) and np.isnan(optima["20 % linear"])
     assert length_table(runs, 1000).shape == (4, 1) and shape_table(runs)[1000].tolist() == pytest.approx([-0.01, -0.01])
     assert arm_names(made_up({"floor": 5e-5, "final_loss": 3.0})).tolist() == ["cosine to 0 %"]
+
+
+def test_a_vertex_is_a_parabolas_or_a_cubics_and_refuses_edges():
+    rates = 2.0 ** np.array([-13, -11, -10, -9, -8.5])
+    parabola = pd.Series(3 + 0.02 * (np.log2(rates) + 9.8) ** 2, index=rates).sample(frac=1, random_state=0)
+    for more in (0, -1, 1):
+        assert vertex(parabola, more) == pytest.approx((-9.8, 3.0))
+    x = np.log2(rates) + 10
+    cubic = pd.Series(3 + 0.02 * x**2 - 0.002 * x**3, index=rates)  # least at x = 0; its other stationary point is a maximum
+    assert vertex(cubic, -1) == pytest.approx((-10, 3.0)) and vertex(cubic, 1) == pytest.approx((-10, 3.0))
+    assert vertex(cubic)[0] == pytest.approx(-10 + 0.001 / 0.02)  # −0.002·x³ is −0.002·x at x = ±1
+    assert np.isnan(vertex(parabola.drop([rates[3], rates[4]]), 1)).all() and np.isnan(vertex(parabola[parabola.index < 2**-10])).all()
+
+
+def test_rerun_noise_goes_through_a_contrast_by_its_coefficients_and_reruns():
+    table = pd.DataFrame({"steps": 1, "arm": ["a", "a", "b"], "peak_lr": [1.0, 2.0, 1.0], "loss": [3.0, 2.5, 2.0], "runs": [2, 1, 1]})
+    noise = RerunNoise(0.01, 18, 0.03)
+    found = from_reruns(lambda losses: 3 * losses[1, "a", 1.0] - losses[1, "b", 1.0], table, noise)
+    assert (found.value, found.df, found.n, found.unit) == (pytest.approx(7.0), 18, 1, "nats")
+    assert found.se == pytest.approx(0.01 * np.sqrt(9 / 2 + 1))
+    ratio = from_reruns(lambda losses: losses[1, "a", 1.0] / losses[1, "b", 1.0], table, noise, "token_fraction")
+    assert ratio.se == pytest.approx(0.01 * np.sqrt(0.25 / 2 + 0.75**2)) and ratio.unit == "token_fraction"
+
+
+def test_averages_after_a_cooldown_are_those_that_were_logged():
+    runs = made_up({"final_loss": 3.0, "swa_loss": 3.1} | COOLDOWN, {"final_loss": 3.0} | COOLDOWN | {"steps": 2000},
+                   {"final_loss": 3.0, "swa_loss": 2.9})
+    assert averaged_after_cooldown(runs)[["steps", "difference"]].values.tolist() == [[1000, pytest.approx(0.1)]]
 
 
 def test_overshoot_by_hand():
@@ -194,3 +226,8 @@ def test_a_cosine_cut_off_early_pays_and_averaging_pays_it_back(published):
     bins = overshoot_bins(table)
     assert bins["n"].tolist() == [2, 9, 8, 5] and bins["penalty"].round(3).tolist() == [0.016, 0.034, 0.065, 0.084]
     assert table["averaged_penalty"].between(-0.017, 0.009).all()
+
+
+@pytest.mark.archive
+def test_averaging_after_a_cooldown_makes_it_worse(published):
+    assert averaged_after_cooldown(published[0])["difference"].round(4).tolist() == [0.0072, 0.0061, 0.0054]

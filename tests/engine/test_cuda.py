@@ -11,7 +11,7 @@ import etastar as es
 from etastar.engine.slots import SlotStack
 from etastar.recipe import AdamW, Execution
 from etastar.text.corpora import prepare
-from tiny import CORPUS, recipe, wsd
+from tiny import BATCH, CORPUS, recipe, wsd
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, when CUDA starts
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: torch.cuda.is_available() is False")]
@@ -82,6 +82,22 @@ def test_a_resumed_slot_has_the_bits_of_the_uninterrupted_one():
     resumed.load(2, recipe(seed=2, execution=EXACT), state)
     straight.train(rates(3, 10)), resumed.train(rates(3, 10))
     assert_same_bits(straight.state(2), resumed.state(2))
+
+
+def test_a_captured_step_takes_a_changed_beta2():
+    ends = []
+    for way in ("graph", "tables"):
+        stack = loaded(EXACT, way, beta2_changes=((4 * BATCH, 0.5),))
+        stack.train(rates(3, 4))
+        stack.set_beta2(1, 4)  # the others are not told
+        stack.train(rates(3, 6))
+        ends.append([stack.state(slot) for slot in range(3)])
+    plain = loaded(EXACT)
+    plain.train(rates(3, 4)), plain.train(rates(3, 6))
+    for slot in range(3):
+        assert_same_bits(ends[0][slot], ends[1][slot])
+        same = torch.equal(plain.state(slot)[0]["embedding"], ends[0][slot][0]["embedding"])
+        assert same == (slot != 1)
 
 
 def test_a_slot_driven_to_nan_changes_no_bit_of_its_neighbours():

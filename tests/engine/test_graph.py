@@ -18,7 +18,7 @@ from etastar.optim.stacked import masked
 from etastar.recipe import SP, AdamW, Execution
 from etastar.text.batches import batch
 from etastar.text.corpora import prepare
-from tiny import CORPUS, MODEL, recipe
+from tiny import BATCH, CORPUS, MODEL, recipe
 
 TOKENS = prepare(CORPUS)
 WILD = dict(peak_lr=1e30, optimizer=AdamW(clip_norm=None))
@@ -45,7 +45,7 @@ def story(way, execution=None, rows=None):
     execution = execution or Execution()
     stack, told = stack_of(way, 4, execution, rows), []
     recipes = {0: recipe(seed=1, data_seed=5, execution=execution), 1: recipe(seed=2, execution=execution, **WILD),
-               3: recipe(seed=3, data_seed=5, execution=execution)}
+               3: recipe(seed=3, data_seed=5, beta2_changes=((12 * BATCH, 0.5),), execution=execution)}
     for slot, given in recipes.items():
         stack.load(slot, given, None)
     rng = np.random.default_rng(0)
@@ -57,6 +57,8 @@ def story(way, execution=None, rows=None):
             saved = stack.state(0)
             stack.clear(0)
             stack.load(0, recipe(seed=8, data_seed=9, execution=execution), None)
+        if len(told) == 3:
+            stack.set_beta2(3, 12)
     stack.clear(3)
     stack.load(3, recipes[0], saved)
     told.append(stack.train(np.full((4, 3), 2**-7)))
@@ -111,6 +113,8 @@ def test_no_tensor_that_a_capture_holds_is_replaced_by_training_loading_or_clear
     for seed in range(3):
         stack.load(seed, recipe(seed=seed), None)
     stack.train(np.full((3, 4), 2**-6))
+    stack.load(0, recipe(beta2_changes=((2 * BATCH, 0.5), (6 * BATCH, 0.6))), stack.state(0))
+    stack.set_beta2(0, 6)
     stack.load(1, recipe(seed=7, optimizer=AdamW(beta2=0.9)), stack.state(0))
     stack.clear(2)
     stack.train(np.full((3, 2), 2**-6))

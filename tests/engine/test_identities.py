@@ -14,16 +14,19 @@ import pytest
 import torch
 
 import etastar as es
-from etastar.engine.plan import Node, prefix_hash
+from etastar.engine.checkpoint import split_state
+from etastar.engine.plan import Node, controls, prefix_hash
+from etastar.engine.slots import SlotStack
 from etastar.engine.store import Store
 from etastar.schedules import Table
-from tiny import BATCH, recipe, wsd
+from etastar.text.corpora import prepare
+from tiny import BATCH, CORPUS, recipe, wsd
 
 FAST = dict(progress=False)
 
 
 def end_node(r):
-    return Node(r.trunk_id, r.total_steps, prefix_hash(r.lr()).hexdigest()[:16])
+    return Node(r.trunk_id, r.total_steps, prefix_hash(controls(r)).hexdigest()[:16])
 
 
 def bits(run):
@@ -48,8 +51,10 @@ def random_tables(count=6, length=18, seed=None):
     made = []
     for _ in range(count):
         cut = rng.randrange(1, length)
-        made.append(Table(factors=tuple(shared[:cut] + [rng.uniform(0.0, 1.0) for _ in range(rng.randrange(1, length))])))
-    return [recipe(len(t.factors), peak_lr=2**-5, schedule=t) for t in made]
+        factors = tuple(shared[:cut] + [rng.uniform(0.0, 1.0) for _ in range(rng.randrange(1, length))])
+        changes = [(step * BATCH, rng.choice([0.5, 0.95, 0.999])) for step in range(1, len(factors)) if rng.random() < 0.2]
+        made.append(recipe(len(factors), peak_lr=2**-5, schedule=Table(factors=factors), beta2_changes=changes))
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +81,60 @@ def test_a_branch_equals_the_straight_run(layout, straight, tmp_path):
     for run in es.run(SWEEP, store=tmp_path, **layout, **FAST):
         assert run.status == "done"
         assert_same_bits(run, straight(run.recipe))
+
+
+def beta2_after(*changes):
+    """Changes of beta2 given in steps."""
+    return tuple((step * BATCH, beta2) for step, beta2 in changes)
+
+
+CHANGED = [recipe(40, beta2_changes=beta2_after((20, 0.99))), recipe(40), recipe(30, schedule=wsd(4), beta2_changes=beta2_after((26, 0.5))),
+           recipe(40, beta2_changes=beta2_after((11, 0.95), (20, 0.99), (32, 0.999))),  # no change, the first one's, another
+           recipe(40, schedule=wsd(8), beta2_changes=beta2_after((20, 0.99), (24, 0.95))),
+           *(recipe(24, seed=s, beta2_changes=beta2_after((5 + 4 * s, 0.999))) for s in range(1, 4))]
+
+
+@pytest.mark.parametrize("layout", [dict(backend="inline"), dict(workers=2), dict(backend="inline", slots=4)], ids=str)
+def test_a_branch_whose_beta2_changes_equals_the_straight_run_beside_any_neighbour(layout, straight, tmp_path):
+    runs = es.run(CHANGED, store=tmp_path, **layout, **FAST)
+    for run in runs:
+        assert_same_bits(run, straight(run.recipe))
+    assert len({run.val_loss for run in runs}) == len(runs)
+
+
+def test_beta2_changes_after_the_very_step(straight):
+    """Step by step on a stack that is told by hand, with the product of all beta2 written out."""
+    changed = CHANGED[3]
+    stack = SlotStack(changed, prepare(CORPUS))
+    stack.load(0, changed.replace(beta2_changes=()), None)
+    for step, lr in enumerate(changed.lr()):
+        if step == 20:
+            stack.optimizer.set_beta2(0, 0.99, since=20, carried=0.95**20)
+        if step == 32:
+            stack.optimizer.set_beta2(0, 0.999, since=32, carried=0.95**20 * 0.99**12)
+        stack.train(np.array([[lr]]))
+    told = split_state(straight(changed).store.node_state(end_node(changed)))
+    for by_hand, by_run in zip(stack.state(0)[:2], told[:2], strict=True):
+        assert by_hand.keys() == by_run.keys() and all(torch.equal(tensor, by_run[name]) for name, tensor in by_hand.items())
+
+
+@pytest.mark.parametrize("stop", [19, 20, 21, 35])
+def test_what_is_resumed_goes_on_with_the_beta2_in_force(stop, straight, tmp_path, monkeypatch):
+    changed, observe = CHANGED[3], es.Observe(val_every_tokens=BATCH)  # so that every step ends a stretch
+    taken, train = [], SlotStack.train
+
+    def until_stop(stack, lr_MxS):
+        taken.append(int(stack.step_M[0]))
+        if taken == [*range(stop + 1)]:
+            raise KeyboardInterrupt
+        return train(stack, lr_MxS)
+
+    monkeypatch.setattr(SlotStack, "train", until_stop)
+    with pytest.raises(KeyboardInterrupt):
+        es.run([changed], store=tmp_path, backend="inline", observe=observe, **FAST)
+    (run,) = es.run([changed], store=tmp_path, backend="inline", observe=observe, **FAST)
+    assert taken == [*range(stop + 1), *range(stop, 40)]
+    assert_same_bits(run, straight(changed))
 
 
 def test_random_controls_shared_and_refilled_equal_the_straight_run(straight, tmp_path):

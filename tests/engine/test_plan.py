@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from etastar.engine.plan import Node, build_segments, critical_order, prefix_hash, schedule_length
+from etastar.engine.plan import Node, build_segments, control_bytes, controls, critical_order, prefix_hash, schedule_length
 from etastar.schedules import WSD, Constant, Cosine, Table
 from tiny import BATCH, recipe, wsd
 
@@ -16,11 +16,8 @@ def distinct_prefixes(recipes):
     """Steps that have to be trained at least: distinct (trunk, control prefix) pairs, counted by brute force."""
     seen = set()
     for one in recipes:
-        trunk, lr = one.trunk_id, one.lr()
-        hasher = hashlib.sha256()
-        for step in range(len(lr)):
-            hasher.update(lr[step].tobytes())
-            seen.add((trunk, hasher.digest()))
+        pairs = list(zip(one.lr().tolist(), one.beta2().tolist(), strict=True))
+        seen |= {(one.trunk_id, tuple(pairs[: step + 1])) for step in range(len(pairs))}
     return len(seen)
 
 
@@ -52,21 +49,62 @@ def test_a_peak_lr_is_a_control_and_parts_the_paths_at_the_first_step():
     assert steps(build_segments([recipe(24), recipe(24, peak_lr=2**-7)])) == 48
 
 
+def test_a_run_whose_beta2_changes_shares_the_steps_before():
+    segments = build_segments([recipe(40), recipe(40, beta2_changes=((25 * BATCH, 0.99),))])
+    assert [(s.start, s.stop) for s in segments] == [(0, 25), (25, 40), (25, 40)]
+    back = recipe(40, beta2_changes=((10 * BATCH, 0.95), (25 * BATCH, 0.99), (30 * BATCH, 0.99)))  # 0.95 is the optimizer's own
+    assert steps(build_segments([recipe(40), recipe(40, beta2_changes=((25 * BATCH, 0.99),)), back])) == 40 + 15
+
+
+def test_names_of_states_before_a_change_are_those_of_rates_alone():
+    """Stores hold states of runs made before beta2 could change."""
+    plain, changed = recipe(20, schedule=wsd(4)), recipe(20, schedule=wsd(4), beta2_changes=((12 * BATCH, 0.99), (15 * BATCH, 0.95)))
+    for one, last in ((plain, 20), (changed, 12)):
+        for step in range(last + 1):
+            assert prefix_hash(controls(one)[:step]).digest() == hashlib.sha256(plain.lr()[:step].tobytes()).digest()
+    for step in range(13, 21):  # however far back it is
+        assert prefix_hash(controls(changed)[:step]).digest() != prefix_hash(controls(plain)[:step]).digest()
+
+
+def test_names_do_not_depend_on_where_a_path_is_cut():
+    moved = controls(recipe(20, schedule=wsd(4), beta2_changes=((7 * BATCH, 0.99), (8 * BATCH, 0.0), (15 * BATCH, 0.95))))
+    whole = control_bytes(moved)
+    assert len(whole) == 8 * (20 + 8)
+    assert all(control_bytes(moved[:cut]) + control_bytes(moved[cut:]) == whole for cut in range(21))
+
+
+def test_a_beta2_is_never_taken_for_a_rate():
+    def one(rates, beta2):
+        changes = tuple((step * BATCH, given) for step, given in enumerate(beta2) if step)
+        return recipe(3, peak_lr=1.0, schedule=Table(factors=rates), beta2_changes=changes)
+
+    a, b = one((1.0, 0.5, 0.25), (0.95, 0.95, 0.5)), one((1.0, 0.5, 0.5), (0.95, 0.25, 0.95))
+    assert len({s.node.id for s in build_segments([a, b])}) == 3
+
+
 def test_equal_recipes_are_one_run():
     assert len(build_segments([recipe(24), recipe(24)])) == 1
 
 
-tables = st.lists(st.lists(st.sampled_from([0.25, 0.5, 1.0]), min_size=1, max_size=7), min_size=1, max_size=12)
+pairs = st.tuples(st.sampled_from([0.25, 0.5, 1.0]), st.sampled_from([0.95, 0.95, 0.5, 0.0]))  # of a rate and a beta2
+tables = st.lists(st.lists(pairs, min_size=1, max_size=7), min_size=1, max_size=12)
+
+
+def of_table(table, seed):
+    """A recipe with this rate and beta2 at each step; at the first the optimizer's own beta2 is in force."""
+    changes = tuple((step * BATCH, beta2) for step, (_, beta2) in enumerate(table) if step)
+    return recipe(len(table), peak_lr=1.0, schedule=Table(factors=tuple(rate for rate, _ in table)), beta2_changes=changes, seed=seed)
 
 
 @settings(max_examples=150, deadline=None)
 @given(tables, st.data())
 def test_steps_trained_equal_distinct_prefixes(arrays, data):
-    recipes = [recipe(len(a), peak_lr=1.0, schedule=Table(factors=tuple(a)), seed=data.draw(st.integers(0, 1))) for a in arrays]
+    recipes = [of_table(a, seed=data.draw(st.integers(0, 1))) for a in arrays]
     segments = build_segments(recipes)
     assert steps(segments) == distinct_prefixes(recipes)
     ends = [run_id for s in segments for run_id in s.ends]
     assert sorted(ends) == sorted({r.run_id for r in recipes})
+    assert len({(s.node.trunk, s.node.id) for s in segments}) == len(segments)
     seen = {None}
     for s in segments:  # parents first, contiguous
         parent = s.parent and (s.parent.trunk, s.parent.id)

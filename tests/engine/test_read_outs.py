@@ -8,6 +8,7 @@ import torch
 
 import etastar as es
 from etastar.engine.plan import Node, prefix_hash
+from etastar.engine.read_outs import read_averages
 from etastar.engine.slots import SlotStack
 from etastar.engine.store import Damaged, Store
 from etastar.optim.averaging import ema_decay
@@ -115,7 +116,8 @@ def test_the_table_has_every_read_out_on_two_halves_of_validation(straight):
 
 @pytest.mark.parametrize("layout", [FAST, FAST | dict(slots=3), dict(progress=False, workers=2)], ids=["inline", "stack", "workers"])
 def test_read_outs_of_branches_are_those_of_straight_runs(layout, straight, tmp_path):
-    sweep = [TRUNK, BRANCH, recipe(30, schedule=wsd(9, "1-sqrt")), recipe(30, peak_lr=2**-7)]
+    sweep = [TRUNK, BRANCH, recipe(30, schedule=wsd(9, "1-sqrt")), recipe(30, peak_lr=2**-7),
+             recipe(30, beta2_changes=((22 * BATCH, 0.5),))]
     for run in es.run(sweep, store=tmp_path, observe=OBSERVE, **layout):
         assert_same_read_outs(run, straight(run.recipe))
     shared = [path for path in (tmp_path / ".nodes").glob("*-windows-*/*") if int(path.name[:8]) <= 20]
@@ -217,3 +219,35 @@ def test_an_observe_survives_json_and_older_metadata():
     for more in (es.Observe(val_every_tokens=7), es.Observe(ema_horizon_tokens=(1,)), es.Observe(average_every_tokens=7)):
         assert more.covers(more) and not OBSERVE.covers(more) and not es.Observe().covers(more)
     assert es.Observe(val_every_tokens=7, average_every_tokens=5).covers(es.Observe(val_every_tokens=7))
+
+
+def test_what_was_validated_is_kept(tmp_path, monkeypatch):
+    (run,) = es.run([TRUNK], store=tmp_path, observe=OBSERVE, **FAST)
+    assert run.lacks_averages() == 2 + 2 * 6 and run.lacks_averages((1, 3)) == 2 + 2 * 2
+    some = run.averages((1, 3))
+    assert run.lacks_averages((1, 3)) == 0 and run.lacks_averages() == 2 * 4
+    monkeypatch.setattr("etastar.engine.run.validate", None)  # nothing is left to be worked out
+    assert run.averages((1, 3)).equals(some) and set(some.windows.dropna()) == {1, 3}
+    (tmp_path / ".averages" / f"{run.run_id}.json").write_text("{")
+    assert run.lacks_averages((1, 3)) == 6
+
+
+def test_averages_of_many_runs_side_by_side_are_those_of_each(tmp_path):
+    runs = es.run([TRUNK, BRANCH], store=tmp_path, observe=OBSERVE, **FAST)
+    many = read_averages(runs, (2, 5), workers=2)
+    assert not any(run.lacks_averages((2, 5)) for run in runs)
+    (tmp_path / ".averages" / f"{BRANCH.run_id}.json").unlink()
+    for run in runs:
+        one = run.averages((2, 5))
+        found = many[many.run_id == run.run_id].drop(columns="run_id").reset_index(drop=True)
+        spans = ["read_out", "horizon_tokens", "windows", "from_tokens", "to_tokens"]
+        assert found[spans].equals(one[spans])
+        assert np.allclose(found.val_loss, one.val_loss, rtol=1e-6) and run.averages().val_loss[0] == run.val_loss
+
+
+def test_a_process_that_cannot_read_a_run_says_so(tmp_path):
+    runs = es.run([TRUNK, BRANCH], store=tmp_path, observe=OBSERVE, **FAST)
+    for run in runs:
+        (run.path / "averages.safetensors").write_bytes(b"short")
+    with pytest.raises(RuntimeError, match=r"(?s)status 1:.*averages.safetensors has 5 bytes"):
+        read_averages(runs, (1, 2, 3), workers=2)

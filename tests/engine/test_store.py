@@ -10,7 +10,7 @@ import torch
 import etastar as es
 from etastar.engine import store as stores
 from etastar.engine.checkpoint import Damaged
-from etastar.engine.run import open_run
+from etastar.engine.run import find_run
 from etastar.engine.store import Store, StoreError
 from tiny import BATCH, recipe, wsd
 
@@ -29,7 +29,7 @@ def store(finished, tmp_path):
     import shutil
 
     shutil.copytree(finished[0], tmp_path / "store")
-    return tmp_path / "store", [open_run(Store(tmp_path / "store"), r.run_id) for r in finished[1]]
+    return tmp_path / "store", [find_run(Store(tmp_path / "store"), r.run_id) for r in finished[1]]
 
 
 def test_the_folder_of_a_run(finished):
@@ -113,7 +113,7 @@ def test_a_write_that_dies_half_way_leaves_no_run(tmp_path, monkeypatch):
     def die(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(stores, "_replace_folder", die)
+    monkeypatch.setattr(stores, "replace_folder", die)
     with pytest.raises(OSError, match="No space left"):
         es.run([recipe(4)], store=tmp_path, **FAST)
     monkeypatch.undo()
@@ -146,7 +146,7 @@ def test_a_corpus_changed_under_a_store_is_told_and_its_runs_stay(store, monkeyp
     monkeypatch.setattr("etastar.recipe.fingerprint", lambda corpus: "another" * 4)
     with pytest.raises(StoreError, match="has changed under the store"):
         es.run([recipe(12)], store=path, **FAST)
-    assert open_run(Store(path), run.run_id).val_loss == run.val_loss
+    assert find_run(Store(path), run.run_id).val_loss == run.val_loss
 
 
 def test_gc_keeps_runs_and_a_later_branch_is_replayed(store):
@@ -159,8 +159,8 @@ def test_gc_keeps_runs_and_a_later_branch_is_replayed(store):
 
 
 def test_an_unknown_run_id_is_told(finished):
-    with pytest.raises(ValueError, match="no finished run 'nope'"):
-        open_run(Store(finished[0]), "nope")
+    with pytest.raises(ValueError, match="no run 'nope'"):
+        find_run(Store(finished[0]), "nope")
 
 
 @pytest.mark.parametrize("wrong, said", [(dict(backend="cluster"), 'known: "local"'), (dict(workers=0), "at least 1"),

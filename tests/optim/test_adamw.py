@@ -2,12 +2,13 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from gradients import gradient
 
 from etastar.model.parametrization import ParameterNumbers, numbers
-from etastar.optim.adamw import StackedAdamW
+from etastar.optim.adamw import StackedAdamW, in_force, turns
 from etastar.optim.stacked import ALIGN, Flat
 from etastar.recipe import SP, AdamW, Model
 
@@ -57,6 +58,75 @@ def test_every_slot_is_torchs_adamw_step_for_step(clipped):
         for name, view in flat.views(flat.data).items():
             near = dict(rtol=1e-6, atol=1e-6) if clipped else dict(rtol=0, atol=0)  # the norm is summed in another order
             torch.testing.assert_close(view[slot], params[name].detach(), **near, msg=f"{slot} {name}")
+
+
+def schedules_of_beta2(steps=30):
+    """One for each slot: the optimizer's own throughout, a change in the middle, two changes elsewhere."""
+    own = [np.full(steps, option.beta2) for option in OPTIONS]
+    own[1][13:] = 0.9
+    own[2][5:], own[2][20:] = 0.999, 0.5
+    return own
+
+
+def step_as_told(optimizer, beta2_of_slots, step, grad, lr_M):
+    """One step (counted from 1) at each slot's beta2 of that step, put in force where it changes."""
+    for slot, beta2_S in enumerate(beta2_of_slots):
+        if step - 1 in turns(beta2_S):
+            optimizer.set_beta2(slot, *in_force(beta2_S, step - 1))
+    optimizer.step(grad, lr_M, torch.full((len(lr_M),), step), torch.ones(len(lr_M), dtype=torch.bool))
+
+
+def test_a_changed_beta2_is_corrected_by_the_product_of_all():
+    """The reference is Algorithm 2 of arXiv 1711.05101, its 1 − beta2^t being one minus the product of the beta2 of all steps."""
+    flat, optimizer = filled()
+    beta2_of_slots, places = schedules_of_beta2(), [tensor.data_ptr() for tensor in optimizer.options.values()]
+    p = {(slot, n): v[slot].clone() for slot in range(3) for n, v in flat.views(flat.data).items()}
+    m, v = ({at: torch.zeros_like(t) for at, t in p.items()} for _ in range(2))
+    for step in range(1, 31):
+        grad = gradient(flat, step)
+        for (slot, n), data in p.items():
+            option, g, beta2 = OPTIONS[slot], flat.views(grad)[n][slot], beta2_of_slots[slot][step - 1]
+            m[slot, n].mul_(option.beta1).add_(g, alpha=1 - option.beta1)
+            v[slot, n].mul_(beta2).add_(g * g, alpha=1 - beta2)
+            m_hat = m[slot, n] / (1 - option.beta1**step)
+            v_hat = v[slot, n] / (1 - beta2_of_slots[slot][:step].prod())
+            data.sub_(3e-3 * (m_hat / (v_hat.sqrt() + option.eps) + option.weight_decay * TABLE[n].decay_multiplier * data))
+        step_as_told(optimizer, beta2_of_slots, step, grad, torch.full((3,), 3e-3, dtype=torch.float64))
+    for (slot, n), data in p.items():
+        torch.testing.assert_close(flat.views(flat.data)[n][slot], data, rtol=1e-6, atol=1e-6, msg=f"{slot} {n}")
+    assert [tensor.data_ptr() for tensor in optimizer.options.values()] == places
+
+
+def test_under_one_gradient_every_step_has_the_length_of_the_rate_whatever_beta2_does():
+    """Both averages are that gradient's then, once corrected: the second moment's weights sum to one."""
+    flat, optimizer = filled()
+    for slot in range(3):
+        optimizer.configure(slot, AdamW(weight_decay=0.0, beta2=OPTIONS[slot].beta2, clip_norm=None))
+    flat.data.zero_()
+    grad, rate = flat.like() - 0.25, 2.0**-7
+    for step in range(1, 31):
+        step_as_told(optimizer, schedules_of_beta2(), step, grad.clone(), torch.full((3,), rate, dtype=torch.float64))
+        torch.testing.assert_close(flat.data, torch.full_like(flat.data, rate * step), rtol=1e-5, atol=0)
+
+
+def test_what_is_in_force_by_hand():
+    beta2_S = np.array([0.9, 0.9, 0.9, 0.99, 0.99, 0.9])
+    assert turns(beta2_S) == [3, 5] and turns(np.full(4, 0.9)) == []
+    assert [in_force(beta2_S, step) for step in (0, 2)] == [(0.9, 0, 1.0)] * 2
+    assert [in_force(beta2_S, step) for step in (3, 4)] == [(0.99, 3, 0.9**3)] * 2
+    assert [in_force(beta2_S, step) for step in (5, 6)] == [(0.9, 5, 0.9**3 * 0.99**2)] * 2
+
+
+def test_a_slot_configured_again_has_forgotten_its_changes_and_its_neighbours_never_knew():
+    (flat, optimizer), (calm, beside) = filled(), filled()
+    optimizer.set_beta2(1, 0.5, since=7, carried=0.3)
+    optimizer.configure(1, OPTIONS[1])
+    optimizer.set_beta2(2, 0.5, since=7, carried=0.3)
+    lr_M, alive_M = torch.full((3,), 1e-2, dtype=torch.float64), torch.ones(3, dtype=torch.bool)
+    for step in (8, 9):
+        for by in (optimizer, beside):
+            by.step(gradient(flat, step), lr_M, torch.full((3,), step), alive_M)
+    assert torch.equal(flat.data[:2], calm.data[:2]) and not torch.equal(flat.data[2], calm.data[2])
 
 
 def test_multipliers_of_a_parameter_are_those_of_its_own_torch_group():

@@ -5,29 +5,18 @@ import math
 
 import numpy as np
 import pytest
+from worlds import FakeRun
 
 import etastar as es
 from etastar.analysis.board import Board, verdicts
+from etastar.analysis.claims import load_claims
 from etastar.studies import cosine_vs_wsd as study
 from etastar.studies import find_study, resolve_preset
-from etastar.studies.designs import COSINE_VS_WSD, VERDICT_SEED, scaled
+from etastar.studies.designs import COSINE_VS_WSD, VERDICT_SEED
+from etastar.studies.measured import beyond_edges, losses
 
 PLAN = COSINE_VS_WSD["cpu"]
 BEST = {"cos10": -6.0, "cos0": -6.0, "wsd20": -6.6}
-
-
-@dataclasses.dataclass
-class FakeRun:
-    recipe: es.Recipe
-    val_loss: float
-
-    @property
-    def status(self):
-        return "done" if math.isfinite(self.val_loss) else "diverged"
-
-    @property
-    def run_id(self):
-        return self.recipe.run_id
 
 
 def world(effect, noise=0.002, diverged=(), seed=0, steps=None):
@@ -47,15 +36,19 @@ EFFECT = {"cos0": -0.03, "wsd20": 0.0, "cycle_1.25": 0.03, "cycle_2.00": 0.1, "c
 
 
 def verdict_of(measured):
-    return verdicts(study.judge(measured)).set_index("claim").verdict
+    return live(measured).verdict
+
+
+def live(measured):
+    return verdicts([f for f in study.judge(measured) if f.evidence == "live"]).set_index("claim")
 
 
 def test_a_known_world_is_read_back():
     measured = study.measure(world(EFFECT))
     slope = 0.18 / math.log(2)
     assert measured.slope.mean() == pytest.approx(-slope, rel=0.05)
-    assert measured.differences["cos0 − cos10"].mean() == pytest.approx(-0.03, abs=0.004)
-    assert measured.differences["lr: wsd20 − cos0"].mean() == pytest.approx(-0.6, abs=0.1)
+    assert measured.contrasts["cos0 − cos10"].per_seed.mean() == pytest.approx(-0.03, abs=0.004)
+    assert measured.contrasts["lr: wsd20 − cos0"].per_seed.mean() == pytest.approx(-0.6, abs=0.1)
     assert measured.bowls["wsd20"].best_log2_lr == pytest.approx(-6.6, abs=0.1)
     told = verdict_of(measured)
     assert told["wsd20_matches_cos10"] == told["cos0_beats_cos10"] == "reproduced"
@@ -77,27 +70,27 @@ def test_changing_one_run_moves_every_number_that_stands_on_it():
     runs[i] = dataclasses.replace(runs[i], val_loss=runs[i].val_loss + 0.01)
     after = study.measure(runs)
     assert after.bowls["cos0"].best_loss != before.bowls["cos0"].best_loss
-    assert (after.differences["cos0 − cos10"] != before.differences["cos0 − cos10"]).any()
+    assert (after.contrasts["cos0 − cos10"].per_seed != before.contrasts["cos0 − cos10"].per_seed).any()
     assert after.bowls["cos10"] == before.bowls["cos10"]
-    one, other = (verdicts(study.judge(m)).set_index("claim").estimate for m in (before, after))
+    one, other = (live(m).estimate for m in (before, after))
     assert one["cos0_beats_cos10"] != other["cos0_beats_cos10"] and one["wsd_lr_half_of_cos10"] == other["wsd_lr_half_of_cos10"]
 
 
 def test_an_optimum_at_the_edge_is_extended_and_not_judged():
     shifted = [dataclasses.replace(r, val_loss=r.val_loss - 0.3 * math.log2(r.recipe.peak_lr)) if study.arm_of(r.recipe) == "cos10" else r
                for r in world(EFFECT)]
-    more = study._extension(shifted)
+    more = beyond_edges(shifted, losses(shifted, study.arm_of), study.BOWL_ARMS)
     top = 2.0 ** (PLAN.centre + PLAN.offsets[-1])
     assert {study.arm_of(r) for r in more} == {"cos10"} and len(more) == PLAN.seed_count
     assert all(r.peak_lr == pytest.approx(top * 2**0.75) for r in more)
     measured = study.measure(shifted)
     assert "cos10" in measured.refused and "cos10" not in measured.bowls
-    told = verdicts(study.judge(measured)).set_index("claim")
+    told = live(measured)
     assert told.loc["cos0_beats_cos10", "verdict"] == "untested" and "edge" in told.loc["cos0_beats_cos10", "reason"]
 
 
 def test_a_diverged_cycle_is_not_dropped_silently():
-    told = verdicts(study.judge(study.measure(world(EFFECT, diverged={("cycle_2.00", PLAN.centre)})))).set_index("claim")
+    told = live(study.measure(world(EFFECT, diverged={("cycle_2.00", PLAN.centre)})))
     assert told.loc["cycle_2.00_worse", "verdict"] == "untested" and "diverged" in told.loc["cycle_2.00_worse", "reason"]
 
 
@@ -126,7 +119,7 @@ def test_every_preset_keeps_the_rules_of_design(preset):
 
 
 def test_every_claim_has_its_contrast():
-    assert set(study.CONTRASTS) == set(study.load_claims(study.STUDY))
+    assert set(study.CONTRASTS) == set(load_claims(study.STUDY))
 
 
 def test_arms_are_told_from_their_schedules():
@@ -139,10 +132,10 @@ def test_arms_are_told_from_their_schedules():
 
 @pytest.mark.parametrize("minutes, seeds, steps", [(12.0, 8, 512), (3.0, 2, 512), (0.75, 2, 128)])
 def test_minutes_scale_seeds_first_then_the_horizon(minutes, seeds, steps):
-    plan = scaled(PLAN, minutes)
+    plan = PLAN.scaled(minutes)
     assert (plan.seed_count, plan.horizon_steps) == (seeds, steps)
     with pytest.raises(ValueError, match="minutes must be positive"):
-        scaled(PLAN, 0)
+        PLAN.scaled(0)
 
 
 def test_names_of_studies_and_presets():

@@ -53,7 +53,7 @@ def _row(f: Finding, p_adjusted: float) -> dict:
             "estimate": f.estimate.value if f.estimate else math.nan, "low": low, "high": high,
             "n": f.estimate.n if f.estimate else 0, "verdict": verdict, "reason": reason, "unit": f.claim.unit,
             "primary": f.claim.primary, "p_raw": f.p, "p_adjusted": float(p_adjusted), "detectable": f.detectable,
-            "exploratory": f.registry != registry_hash(), "study": f.claim.study, "statement": f.claim.statement}
+            "exploratory": f.registry != registry_hash(study=f.claim.study), "study": f.claim.study, "statement": f.claim.statement}
 
 
 @dataclasses.dataclass(frozen=True)

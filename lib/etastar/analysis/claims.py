@@ -74,15 +74,15 @@ def load_claims(study: str | None = None, path: Path = REGISTRY) -> dict[str, Cl
     return {c.id: c for c in claims.values() if study in (None, c.study)}
 
 
-def registry_hash(path: Path = REGISTRY) -> str:
-    """Hash of what is registered, whatever the layout of the file."""
-    return _hash(Path(path).read_bytes())
+def registry_hash(path: Path = REGISTRY, study: str | None = None) -> str:
+    """Hash of what is registered, for one study or all, whatever the layout of the file."""
+    return _hash(Path(path).read_bytes(), study)
 
 
 @functools.lru_cache  # the controls judge thousands of planted draws, and every finding carries the hash
-def _hash(text: bytes) -> str:
-    body = json.dumps(tomllib.loads(text.decode()), sort_keys=True)
-    return hashlib.sha256(body.encode()).hexdigest()[:16]
+def _hash(text: bytes, study: str | None) -> str:
+    claims = [row for row in tomllib.loads(text.decode())["claim"] if study in (None, row["study"])]
+    return hashlib.sha256(json.dumps(claims, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _claim(row: dict) -> Claim:
@@ -121,7 +121,7 @@ class Finding:
 
 def untested(claim: Claim, evidence: str, why: str) -> Finding:
     """A claim no run speaks of; `why` ends with the command that would test it."""
-    return Finding(claim, evidence, None, "untested", math.nan, math.nan, why, registry_hash())
+    return Finding(claim, evidence, None, "untested", math.nan, math.nan, why, registry_hash(study=claim.study))
 
 
 def judge(claim: Claim, estimate: Estimate, *, evidence: str, scale: dict, matching: bool) -> Finding:
@@ -149,7 +149,7 @@ def judge(claim: Claim, estimate: Estimate, *, evidence: str, scale: dict, match
         what = "effect that could have been seen" if claim.kind == "direction" else "margin that could have been shown"
         said = for_it[2] if for_it[0] < LEVEL else "the interval decides neither way"
         reason = f"{said}; the smallest {what} is {detectable:.3g} {claim.unit}"
-    return Finding(claim, evidence, estimate, verdict, float(p), detectable, reason, registry_hash())
+    return Finding(claim, evidence, estimate, verdict, float(p), detectable, reason, registry_hash(study=claim.study))
 
 
 def interval_of(claim: Claim, estimate: Estimate) -> tuple[float, float]:

@@ -53,13 +53,16 @@ def _halves(cells: list[np.ndarray]) -> tuple[list[tuple], int]:
     """(first half of the seeds, second half) of every cell, and how many of them may differ.
 
     What a seed does to all cells would make them one draw; without it they are nearly as many as they are, and two more
-    than a binomial bound are allowed for what cells at one rate share. Cells with unlike numbers of seeds keep it, and
+    than a binomial bound are allowed for what cells at one rate share. It is the mean over the cells with as many seeds (a
+    study trains the same first seeds in all of its cells); where fewer than three cells have a number, cells keep it and
     count as one draw in three.
     """
-    count = len(cells)
+    count, alike = len(cells), {}
+    for x in cells:
+        alike.setdefault(len(x), []).append(x)
     allowed = int(stats.binom.ppf(1 - FALSE_ALARM, max(1, count // 3), LEVEL)) * 3 + 2
-    if len({len(x) for x in cells}) == 1:
-        cells = list(np.array(cells) - np.mean(cells, axis=0))
+    if min(map(len, alike.values())) >= 3:
+        cells = [x - np.mean(group, axis=0) for group in alike.values() for x in group]
         allowed = int(stats.binom.ppf(1 - FALSE_ALARM, count, LEVEL)) + 2
     return [(x[: len(x) // 2], x[len(x) // 2 : len(x) // 2 * 2]) for x in cells], allowed
 

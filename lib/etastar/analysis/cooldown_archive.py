@@ -67,18 +67,18 @@ def sweep_pairs(runs: pd.DataFrame, dataset: str = "slimpajama") -> pd.DataFrame
 def averaging_pairs(runs: pd.DataFrame, evaluations: pd.DataFrame, dataset: str = "slimpajama") -> pd.DataFrame:
     """Cosine to 10 % beside the constant trunk of its size read at the same step, raw and averaged, in the scaling sweep.
 
-    Columns: params, steps, cosine, cosine_averaged, constant, averaged; the averaging window was picked on this very set.
+    Columns: params, steps, tokens, cosine, cosine_averaged, constant, averaged; the averaging window was picked on this very set.
     """
     sweep = runs[runs["series"].isin(SWEEP) & (runs["dataset"] == dataset)]
     keys = ["dataset", "model", "params", "batch_tokens"]
     trunks = sweep.loc[sweep["schedule"] == "constant", ["run", *keys]]
     read = trunks.merge(evaluations, on="run")[[*keys, "step", "loss", "swa_loss"]]
     read = read.rename(columns={"step": "steps", "loss": "constant", "swa_loss": "averaged"})
-    cosine = sweep.loc[_is_cosine(sweep, 0.1), [*keys, "steps", "final_loss", "swa_loss"]]
+    cosine = sweep.loc[_is_cosine(sweep, 0.1), [*keys, "steps", "tokens", "final_loss", "swa_loss"]]
     cosine = cosine.rename(columns={"final_loss": "cosine", "swa_loss": "cosine_averaged"})
     pairs = cosine.merge(read, on=[*keys, "steps"]).dropna(subset=["cosine", "averaged"])
     return pairs.sort_values(["params", "steps"], ignore_index=True)[
-        ["params", "steps", "cosine", "cosine_averaged", "constant", "averaged"]]
+        ["params", "steps", "tokens", "cosine", "cosine_averaged", "constant", "averaged"]]
 
 
 def perplexity_line(x_loss, y_loss, cluster) -> Line:
@@ -97,12 +97,12 @@ def clustered_mean(values, cluster) -> Estimate:
 
 
 def averaging_recovery(runs: pd.DataFrame, evaluations: pd.DataFrame, dataset: str = "slimpajama") -> pd.DataFrame:
-    """Share of the cooldown's drop that averaging the constant trunk recovers: params, steps, drop, recovered, gap (nats)."""
+    """Share of the cooldown's drop that averaging the constant trunk recovers: params, steps, tokens, drop, recovered, gap (nats)."""
     both = averaging_pairs(runs, evaluations, dataset).merge(sweep_pairs(runs, dataset)[["params", "steps", "cooldown"]],
                                                              on=["params", "steps"])
     drop = both["constant"] - both["cooldown"]
-    return both[["params", "steps"]].assign(drop=drop, recovered=(both["constant"] - both["averaged"]) / drop,
-                                            gap=both["averaged"] - both["cooldown"])
+    return both[["params", "steps", "tokens"]].assign(drop=drop, recovered=(both["constant"] - both["averaged"]) / drop,
+                                                      gap=both["averaged"] - both["cooldown"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,21 +164,46 @@ def rate_optima(runs: pd.DataFrame, steps: int, params: int = SIZE_124M) -> pd.D
     Columns: arm, best_lr (NaN where the vertex lies outside those three or there are fewer), rates. Three points have no
     error: the grid's octaves leave about ±20 %.
     """
-    rows = []
-    for arm, table in rate_table(runs, params).query("steps == @steps").groupby("arm"):
-        table = table.sort_values("peak_lr")
-        rows.append({"arm": arm, "best_lr": _vertex(np.log(table["peak_lr"].to_numpy()), table["loss"].to_numpy()), "rates": len(table)})
+    table = rate_table(runs, params).query("steps == @steps")
+    rows = [{"arm": arm, "best_lr": 2 ** vertex(of.set_index("peak_lr")["loss"])[0], "rates": len(of)} for arm, of in table.groupby("arm")]
     return pd.DataFrame(rows)
 
 
-def _vertex(log_lr, loss) -> float:
-    if len(loss) < 3:
-        return math.nan
+def vertex(losses: pd.Series, more: int = 0) -> tuple[float, float]:
+    """Best log2 rate and the loss there, from losses by peak rate: the parabola through the best rate and its nearest two.
+
+    `more` of −1 or 1 makes it the cubic through the next rate below or above as well. NaN where there are too few rates or
+    the least of the curve lies outside those three.
+    """
+    losses = losses.sort_index()
+    log_lr, loss = np.log2(losses.index.to_numpy(dtype=float)), losses.to_numpy()
     middle = min(max(int(np.argmin(loss)), 1), len(loss) - 2)
-    near = slice(middle - 1, middle + 2)
-    a, b, _ = np.polyfit(log_lr[near], loss[near], 2)
-    vertex = -b / (2 * a) if a > 0 else math.nan
-    return float(np.exp(vertex)) if log_lr[near][0] <= vertex <= log_lr[near][-1] else math.nan
+    first, last = middle - 1 - (more < 0), middle + 1 + (more > 0)
+    if len(loss) < 3 or first < 0 or last >= len(loss):
+        return math.nan, math.nan
+    centre = log_lr[middle]
+    curve = np.polynomial.Polynomial.fit(log_lr[first : last + 1] - centre, loss[first : last + 1], last - first, domain=[])
+    slope, bend = curve.deriv(), curve.deriv(2)
+    level = [r.real for r in slope.roots() if abs(r.imag) < 1e-6]
+    level = [r - slope(r) / bend(r) for r in level if bend(r) > 0]  # roots of a cubic that is all but a parabola are inexact
+    best = [r for r in level if log_lr[middle - 1] <= centre + r <= log_lr[middle + 1]]
+    return (float(centre + best[0]), float(curve(best[0]))) if best else (math.nan, math.nan)
+
+
+def from_reruns(measure, table: pd.DataFrame, noise: RerunNoise, unit: str = "nats") -> Estimate:
+    """What `measure` makes of a `rate_table`'s losses, with the error that rerun noise of its runs gives it.
+
+    `measure` takes losses by (steps, arm, peak_lr) and returns a number; its error is of first order in the noise, as if no
+    two runs shared a trunk. df are the noise's pairs and n is 1, for the runs have one seed.
+    """
+    losses, runs = (table.set_index(["steps", "arm", "peak_lr"]).sort_index()[name] for name in ("loss", "runs"))
+    step, variance = 1e-6, 0.0
+    for i, count in enumerate(runs):
+        up, down = losses.copy(), losses.copy()
+        up.iloc[i] += step
+        down.iloc[i] -= step
+        variance += ((measure(up) - measure(down)) / (2 * step)) ** 2 / count
+    return Estimate(float(measure(losses)), noise.sd * math.sqrt(variance), noise.pairs, 1, unit)
 
 
 def length_table(runs: pd.DataFrame, steps: int, shape: str = "linear", params: int = SIZE_124M) -> pd.DataFrame:
@@ -223,6 +248,12 @@ def overshoot_bins(overshoot: pd.DataFrame, edges=(1.1, 1.3, 1.6, 2.1, np.inf)) 
         rows.append({"ratio_from": low, "ratio_to": high, "penalty": inside.mean(), "low": inside.mean() - half,
                      "high": inside.mean() + half, "n": n})
     return pd.DataFrame(rows)
+
+
+def averaged_after_cooldown(runs: pd.DataFrame) -> pd.DataFrame:
+    """What averaging adds to finished cooldowns, where it was logged: params, steps, tokens, difference (averaged − last, nats)."""
+    cooled = runs[(runs["schedule"] == "wsd") & runs["swa_loss"].notna()]
+    return cooled[["params", "steps", "tokens"]].assign(difference=cooled["swa_loss"] - cooled["final_loss"]).reset_index(drop=True)
 
 
 def _is_cosine(runs: pd.DataFrame, floor: float) -> pd.Series:

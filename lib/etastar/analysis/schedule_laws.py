@@ -130,8 +130,8 @@ def fit_multi_power_law(curves, block: int = 64, every: int = 2) -> MultiPowerLa
     peak = max(np.max(lr) for lr, *_ in curves)
 
     def residual(theta):
-        law = MultiPowerLaw(theta[0], *np.exp(theta[1:]))
         with np.errstate(all="ignore"):
+            law = MultiPowerLaw(theta[0], *np.exp(theta[1:]))
             return _log(np.concatenate([law._at(k) for k in knots])) - target
 
     lowest = np.exp(target.min())
@@ -169,7 +169,10 @@ def _log(loss):
 
 
 def _best_fit(residual, starts) -> np.ndarray:
-    fits = [optimize.least_squares(residual, start, loss="huber", f_scale=HUBER_DELTA, x_scale="jac", max_nfev=300) for start in starts]
+    """Also from where plain least squares lead: far from the curves Huber's loss is so flat that a fit may stay where it began."""
+    rough = [optimize.least_squares(residual, start, x_scale="jac", max_nfev=100).x for start in starts]
+    fits = [optimize.least_squares(residual, start, loss="huber", f_scale=HUBER_DELTA, x_scale="jac", max_nfev=300)
+            for start in (*starts, *rough)]
     return min(fits, key=lambda fit: fit.cost).x
 
 

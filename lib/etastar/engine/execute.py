@@ -1,37 +1,32 @@
-"""Running a sweep: check everything that can be known, plan, hand segments to workers, show progress, collect runs."""
+"""Running a sweep: check everything that can be known, plan, have it trained where nobody is disturbed, collect runs."""
 
 import dataclasses
-import json
-import queue
-import subprocess
+import functools
 import sys
-import threading
 import time
-from collections import Counter, deque
 
 import torch
 from tqdm.auto import tqdm
 
 from etastar.cores import cores
 from etastar.engine import run as runs
-from etastar.engine.environment import one_thread_environment
+from etastar.engine.beside import Beside
+from etastar.engine.dispatch import Dispatch, WorkerFailed, train_in_processes, train_inline
 from etastar.engine.layout import gpu_slots
-from etastar.engine.plan import Node, Segment, build_segments, critical_order
+from etastar.engine.plan import Node, Segment, build_segments
 from etastar.engine.slots import stack_key
-from etastar.engine.store import Store, StoreError
+from etastar.engine.store import Store
 from etastar.engine.tuning import slots_chosen, tuned
-from etastar.engine.worker import Task, Worker
 from etastar.model.parametrization import count_parameters
 from etastar.observe import Observe
 from etastar.recipe import Recipe
+from etastar.schedules import Branch
 from etastar.text.batches import check_fits
 from etastar.text.corpora import prepare
+from etastar.values import digest
 
+TRIES = 5  # at linking a state before the sweep that made it drops it; after these an earlier one has to do
 STATES_A_SEGMENT = 4  # parameters, two moments and a run's own model: float32 copies written to disk
-
-
-class WorkerFailed(RuntimeError):
-    """A worker process ended with an error; the message holds the last lines it wrote."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +41,21 @@ class Sweep:
     observe: Observe
     chosen: dict[str, dict] = dataclasses.field(default_factory=dict)  # by the plain shape's stack key; "auto" fills it
 
-    @property
+    @functools.cached_property
     def missing(self) -> dict[str, Recipe]:
         """Recipes without a finished run, by id."""
-        return {r.run_id: r for r in self.recipes if r.run_id not in self.finished}
+        return {run_id: r for r in self.recipes if (run_id := r.run_id) not in self.finished}
+
+    @functools.cached_property
+    def roots(self) -> set[Node]:
+        """Stored states that segments start from."""
+        made = {segment.node for segment in self.segments if segment.start < segment.stop}
+        return {segment.parent for segment in self.segments} - made - {None}
+
+    @functools.cached_property
+    def name(self) -> str:
+        """The same for the same recipes, whatever of them is finished."""
+        return digest(sorted({r.run_id for r in self.recipes}))
 
 
 def prepare_sweep(recipes, store="runs", device=None, observe=None, execution=None) -> Sweep:
@@ -64,7 +70,7 @@ def prepare_sweep(recipes, store="runs", device=None, observe=None, execution=No
         raise ValueError("no recipes to run; a study's recipes(preset) or a list of etastar.Recipe is needed")
     observe = observe or Observe()
     resolved = tuple(resolve(recipe, device) for recipe in recipes)
-    store, chosen = Store(store), {}
+    store, chosen = Store.at(store), {}
     store.check_corpora(resolved)
     for recipe in {stack_key(r) + str(r.horizon_tokens): r for r in resolved}.values():
         check_fits(prepare(recipe.corpus), recipe)
@@ -96,39 +102,23 @@ def resolve(recipe: Recipe, device: str | None) -> Recipe:
 
 
 def run(recipes, store="runs", backend="local", device=None, workers=None, observe=None, slots=None, progress=True,
-        snapshot_seconds=60.0, execution=None) -> list[runs.Run]:
+        snapshot_seconds=60.0, execution=None, beside=False) -> list[runs.Run]:
     """Train what the store lacks of these recipes and return their runs in order.
 
     `backend` "local" uses `workers` one-thread processes (default: one a core; on a GPU one process with a stack),
     "inline" this process. `slots` is the stack a worker trains in step (default 1 on a CPU). `observe` says what to look at
     on the way. `execution` "auto" computes recipes that leave it open in the way that is fastest here by measurement (parts of
     a batch, torch.compile); what was chosen first is held by the store, since it decides bits. Finished runs are not run
-    again; an interrupted sweep goes on where it was.
+    again; an interrupted sweep goes on where it was. One sweep at a time trains in a store; `beside` trains next to it, from the
+    states it has stored by now and without touching it, and puts the runs into the store when they are finished.
     Raises ValueError (StoreError, Damaged) before training for what can be known, WorkerFailed where a worker died.
     """
     if backend not in ("local", "inline"):
         raise ValueError(f'unknown backend {backend!r}; known: "local" (worker processes), "inline" (this process)')
-    sweep = prepare_sweep(recipes, store, device, observe, execution)
-    if sweep.segments:
-        sweep.store.prepare(disk_bytes(sweep.segments))
-        with sweep.store.locked():
-            sweep.store.remember_corpora(sweep.recipes)
-            sweep.store.hold_execution(sweep.chosen)
-            workers, slots = default_layout(sweep, workers, slots)
-            dispatch = Dispatch(sweep)
-            with tqdm(total=dispatch.tokens, unit="tok", unit_scale=True, disable=not progress, smoothing=0.05,
-                      desc=f"{len(sweep.missing)} runs", mininterval=0.5) as bar:
-                dispatch.bar = bar
-                began = time.perf_counter()
-                try:
-                    if backend == "inline":
-                        _run_inline(dispatch, slots, snapshot_seconds)
-                    else:
-                        _run_processes(dispatch, workers, slots, snapshot_seconds)
-                finally:
-                    sweep.store.log_sweep({
-                        "runs": len(sweep.missing), "tokens": dispatch.trained, "workers": workers, "slots": slots,
-                        "wall_s": round(time.perf_counter() - began, 2), **{k: round(v, 2) for k, v in sorted(dispatch.clock.items())}})
+    _check_layout(workers, slots)
+    plan = functools.partial(prepare_sweep, recipes, device=device, observe=observe, execution=execution)
+    train = functools.partial(_train, backend=backend, workers=workers, slots=slots, progress=progress, snapshot_seconds=snapshot_seconds)
+    sweep = (_run_beside if beside else _run_alone)(Store.at(store), plan, train)
     found = [sweep.finished.get(r.run_id) or runs.read_run(sweep.store, r, sweep.observe) for r in sweep.recipes]
     lost = [r.run_id for r, run_ in zip(sweep.recipes, found, strict=True) if run_ is None]
     if lost:
@@ -137,15 +127,105 @@ def run(recipes, store="runs", backend="local", device=None, workers=None, obser
     return found
 
 
+def _run_alone(store: Store, plan, train) -> Sweep:
+    """Train in the store itself, as the only one who does."""
+    sweep = plan(store)
+    if sweep.segments:
+        store.prepare(disk_bytes(sweep.segments))
+        with store.locked():
+            if not all(_stands(sweep, node) for node in sweep.roots):  # a sweep that has ended since took its snapshots with it
+                sweep = plan(store)
+            _note(sweep)
+            with store.announced(sweep.name, sweep.missing):
+                train(sweep)
+    return sweep
+
+
+def _run_beside(store: Store, plan, train) -> Sweep:
+    """Train in a place of one's own within the store, from states linked into it, and hand over what is finished."""
+    sweep = plan(store)
+    if sweep.segments:
+        store.prepare(disk_bytes(sweep.segments))
+        name = f"{sweep.name}-beside"  # the same recipes may be trained in the store too
+        aside = Beside(store, name)
+        with aside.locked():
+            aside.prepare()
+            for _ in range(TRIES):
+                if aside.take(sweep.roots):
+                    break
+                sweep = plan(store)  # the sweep that is running has gone on, and has dropped a snapshot for a later one
+            _note(sweep)
+            with store.announced(name, sweep.missing):
+                try:
+                    if sweep.missing:
+                        train(_seen_from(aside, sweep))
+                finally:
+                    aside.hand_over(sweep.missing, sweep.observe)
+    return sweep
+
+
+def _seen_from(aside: Beside, sweep: Sweep) -> Sweep:
+    """The same sweep, planned on the states in another place."""
+    own = prepare_sweep(list(sweep.missing.values()), aside, observe=sweep.observe)
+    return dataclasses.replace(own, recipes=sweep.recipes, finished=sweep.finished | own.finished, chosen=sweep.chosen)
+
+
+def _stands(sweep: Sweep, node: Node) -> bool:
+    return (node.trunk, node.id) in sweep.diverged or sweep.store.has_state(node)
+
+
+def _note(sweep: Sweep) -> None:
+    sweep.store.remember_corpora(sweep.recipes)
+    sweep.store.hold_execution(sweep.chosen)
+
+
+def _train(sweep: Sweep, backend, workers, slots, progress, snapshot_seconds) -> None:
+    """Train all segments of a sweep into its store."""
+    if not sweep.segments:
+        return
+    workers, slots = default_layout(sweep, workers, slots)
+    if progress:
+        _tell_again(sweep)
+    dispatch = Dispatch(sweep)
+    with tqdm(total=dispatch.tokens, unit="tok", unit_scale=True, disable=not progress, smoothing=0.05,
+              desc=f"{len(sweep.missing)} runs", mininterval=0.5) as bar:
+        dispatch.bar = bar
+        began = time.perf_counter()
+        try:
+            if backend == "inline":
+                train_inline(dispatch, slots, snapshot_seconds)
+            else:
+                train_in_processes(dispatch, workers, slots, snapshot_seconds)
+        finally:
+            sweep.store.log_sweep({
+                "runs": len(sweep.missing), "tokens": dispatch.trained, "workers": workers, "slots": slots,
+                "wall_s": round(time.perf_counter() - began, 2), **{k: round(v, 2) for k, v in sorted(dispatch.clock.items())}})
+
+
+def _tell_again(sweep: Sweep) -> None:
+    """Say how much of what branches leave is trained here, because the state at the branch point is not stored."""
+    for segment in sweep.segments:
+        if isinstance(segment.recipe.schedule, Branch) and (segment.parent is None or segment.parent in sweep.roots):
+            start, at = segment.start * segment.recipe.batch_tokens, segment.recipe.schedule.at_tokens
+            if start < at:
+                begin = f"from the state after {start:,}" if start else "from the first step"
+                print(f"no state is stored after the {at:,} tokens at which a branch leaves its run: the {at - start:,} before it are "
+                      f"trained here, {begin}, with the same bits", file=sys.stderr)
+
+
 def default_layout(sweep: Sweep, workers: int | None, slots: int | None) -> tuple[int, int]:
     """(workers, slots): one-thread processes on a CPU, one process with a stack on a GPU; never more than there is work."""
-    if (workers is not None and workers < 1) or (slots is not None and slots < 1):
-        raise ValueError(f"workers and slots must be at least 1; got workers={workers}, slots={slots}")
+    _check_layout(workers, slots)
     first = sweep.segments[0].recipe
     if first.execution.device == "cuda":
         return workers or 1, slots or gpu_slots([segment.recipe for segment in sweep.segments])
     workers = min(workers or cores(), len(sweep.segments))
     return workers, slots or max(1, min(slots_chosen(first, sweep.chosen), len(sweep.segments) // workers))
+
+
+def _check_layout(workers: int | None, slots: int | None) -> None:
+    if (workers is not None and workers < 1) or (slots is not None and slots < 1):
+        raise ValueError(f"workers and slots must be at least 1; got workers={workers}, slots={slots}")
 
 
 def disk_bytes(segments: list[Segment]) -> int:
@@ -155,222 +235,3 @@ def disk_bytes(segments: list[Segment]) -> int:
         params = count_parameters(segment.recipe.model, segment.recipe.corpus.vocab)["total"]
         total += params * 4 * STATES_A_SEGMENT + (segment.stop - segment.start) * 40 + 20_000
     return total
-
-
-class Dispatch:
-    """Which segment is next: those whose parent is stored, longest remaining path first."""
-
-    def __init__(self, sweep: Sweep):
-        self.sweep, self.bar, self.clock, self.trained = sweep, None, Counter(), 0
-        self.recipes = {recipe.run_id: recipe for recipe in sweep.recipes}
-        order = critical_order(sweep.segments, {s.node.id: s.tokens for s in sweep.segments})
-        self.produced = {(s.node.trunk, s.node.id) for s in order if s.start < s.stop}
-        self.done: set[tuple[str, str]] = set()
-        self.diverged = set(sweep.diverged)
-        self.ready: deque[Segment] = deque()
-        self.blocked: list[Segment] = list(order)
-        self.left = len(order)
-        self.tokens = sum(s.tokens for s in order)
-        self._unblock()
-
-    def take(self, free: int) -> list[Task]:
-        """Up to `free` tasks, fewer when nothing is ready."""
-        return [self._task(self.ready.popleft()) for _ in range(min(free, len(self.ready)))]
-
-    def give_back(self, tasks: list[Task]) -> None:
-        """Tasks of a worker that died go to the front again."""
-        by_node = {(s.node.trunk, s.node.id, s.start): s for s in self.sweep.segments}
-        for task in tasks:
-            start = task.parent.step if task.parent else 0
-            self.ready.appendleft(by_node[task.node.trunk, task.node.id, start])
-
-    def progress(self, tokens: int) -> None:
-        """Move the bar."""
-        self.trained += tokens
-        self.bar.update(tokens)
-
-    def finished(self, trunk: str, node_id: str, diverged: bool) -> None:
-        """A segment ended; what stood on it may start, or has diverged with it."""
-        self.left -= 1
-        self.done.add((trunk, node_id))
-        if diverged:
-            self.diverged.add((trunk, node_id))
-        self._unblock()
-
-    def _unblock(self) -> None:
-        changed = True
-        while changed:
-            changed, waiting = False, []
-            for segment in self.blocked:
-                parent = segment.parent and (segment.parent.trunk, segment.parent.id)
-                if parent in self.diverged:
-                    self._give_up(segment)
-                    changed = True
-                elif parent is None or parent in self.done or parent not in self.produced or segment.parent == segment.node:
-                    self.ready.append(segment)
-                else:
-                    waiting.append(segment)
-            self.blocked = waiting
-
-    def _give_up(self, segment: Segment) -> None:
-        """All runs that pass through a diverged state have diverged with it."""
-        parent, store = segment.parent, self.sweep.store
-        self.diverged.add((segment.node.trunk, segment.node.id))
-        for run_id in segment.ends:
-            recipe = self.recipes[run_id]
-            end = self._last_state(parent)
-            runs.write_run(store, recipe, end, self.sweep.observe, prepare(recipe.corpus).vocab)
-        self.left -= 1
-        self.bar and self.bar.update(segment.tokens)
-
-    def _last_state(self, node: Node) -> Node:
-        while self.sweep.store.node_meta(node) is None:
-            node = next(s.parent for s in self.sweep.segments if s.node == node and s.start < s.stop)
-        return node
-
-    def _task(self, segment: Segment) -> Task:
-        return Task(segment.recipe, segment.parent, segment.node, tuple(self.recipes[i] for i in segment.ends))
-
-
-def _run_inline(dispatch: Dispatch, slots: int, snapshot_seconds: float) -> None:
-    """Train in this process, on one thread: what a worker process does, bit for bit."""
-    worker = Worker(dispatch.sweep.store, slots, dispatch.sweep.observe, snapshot_seconds)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
-
-    def take(free, wait):
-        tasks = dispatch.take(free)
-        if wait and dispatch.left and not tasks:
-            raise RuntimeError(f"{dispatch.left} segments left but none can start")
-        return tasks if dispatch.left else None
-
-    def report(body):
-        _apply(dispatch, body)
-
-    try:
-        worker.work(take, report)
-    except KeyboardInterrupt:
-        worker._park()
-        raise
-    finally:
-        dispatch.clock.update(worker.clock)
-        torch.set_num_threads(threads)
-        torch.set_flush_denormal(False)
-
-
-def _apply(dispatch: Dispatch, body: dict) -> None:
-    if "tokens" in body:
-        dispatch.progress(body["tokens"])
-    if "node" in body:
-        dispatch.finished(body["trunk"], body["node"], body["diverged"])
-    if "error" in body:
-        raise WorkerFailed(body["error"])
-
-
-class WorkerProcess:
-    """A worker in its own one-thread process, spoken to by JSON lines."""
-
-    def __init__(self, number: int, store: Store, slots: int, observe: Observe, snapshot_seconds: float, inbox: queue.Queue):
-        self.slots, self.tasks = slots, []
-        self.log = store.path / ".logs" / f"worker-{number}.log"
-        self.log.parent.mkdir(exist_ok=True)
-        config = {"store": str(store.path), "slots": slots, "threads": 1, "snapshot_seconds": snapshot_seconds, **observe.to_meta()}
-        with open(self.log, "w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "etastar.engine.worker", json.dumps(config)], stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, stderr=log, text=True, bufsize=1, env=one_thread_environment(store.path / ".compiled"))
-        threading.Thread(target=self._read, args=(inbox,), daemon=True).start()
-
-    def _read(self, inbox: queue.Queue) -> None:
-        for line in self.process.stdout:
-            inbox.put((self, line))
-        inbox.put((self, None))
-
-    def send(self, tasks: list[Task]) -> None:
-        """Hand over tasks."""
-        for task in tasks:
-            self.tasks.append(task)
-            self.process.stdin.write(json.dumps(task.to_json()) + "\n")
-        self.process.stdin.flush()
-
-    def close(self) -> None:
-        """Tell the worker to save and leave, and wait for it."""
-        if self.process.stdin and not self.process.stdin.closed:
-            try:
-                self.process.stdin.close()
-            except BrokenPipeError:
-                pass
-        try:
-            self.process.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-
-    def last_words(self) -> str:
-        """The end of the worker's log."""
-        lines = self.log.read_text(errors="replace").splitlines()
-        return "\n".join(lines[-12:]) or "(it wrote nothing)"
-
-
-def _run_processes(dispatch: Dispatch, workers: int, slots: int, snapshot_seconds: float) -> None:
-    """Keep worker processes busy until nothing is left; a worker that dies is replaced, three times at most."""
-    sweep, replaced = dispatch.sweep, 0
-    inbox: queue.Queue = queue.Queue()
-
-    def start(number):
-        return WorkerProcess(number, sweep.store, slots, sweep.observe, snapshot_seconds, inbox)
-
-    pool = [start(n) for n in range(workers)]
-    try:
-        while dispatch.left:
-            for worker in pool:
-                _feed(dispatch, worker)
-            worker, line = inbox.get()
-            if line is not None:
-                _hear(dispatch, worker, json.loads(line))
-                continue
-            worker.close()
-            replaced += 1
-            if replaced > 3:
-                raise WorkerFailed(f"worker processes keep dying (exit status {worker.process.returncode}); the last wrote:\n"
-                                   f"{worker.last_words()}\nFinished runs are kept; run again to go on.")
-            dispatch.give_back(worker.tasks)
-            pool[pool.index(worker)] = start(workers + replaced)
-    finally:
-        for worker in pool:
-            worker.close()
-        _hear_the_rest(dispatch, inbox, len(pool))
-
-
-def _hear_the_rest(dispatch: Dispatch, inbox: queue.Queue, ends: int) -> None:
-    """What the workers told last: tokens of their last steps and the seconds each spent on what."""
-    while ends:
-        try:
-            _, line = inbox.get(timeout=1)
-        except queue.Empty:  # a reader that never came to its end
-            return
-        ends -= line is None
-        body = json.loads(line) if line is not None else {}
-        dispatch.clock.update(body.get("clock", {}))
-        dispatch.progress(body.get("tokens", 0))
-
-
-def _feed(dispatch: Dispatch, worker: WorkerProcess) -> None:
-    free = worker.slots - len(worker.tasks)
-    if free and (tasks := dispatch.take(free)):
-        try:
-            worker.send(tasks)
-        except BrokenPipeError:  # it died; its end of the other pipe says so next
-            pass
-
-
-def _hear(dispatch: Dispatch, worker: WorkerProcess, body: dict) -> None:
-    if "error" in body:
-        if "No space left" in body["error"] or "Read-only" in body["error"]:
-            raise StoreError(f"the store {dispatch.sweep.store.path} cannot be written: {body['error']}; finished runs are kept, "
-                             "make room and run again")
-        raise WorkerFailed(f"{body['error']}\nFinished runs are kept; the worker wrote:\n{worker.last_words()}")
-    if "node" in body:
-        worker.tasks = [t for t in worker.tasks if (t.node.trunk, t.node.id) != (body["trunk"], body["node"])]
-    _apply(dispatch, body)

@@ -1,8 +1,8 @@
 """The plan of a sweep: a trie over control prefixes, so that steps shared by several runs are trained once.
 
 The state after t steps is a function of the trunk (everything in a recipe but its controls) and of the first t
-entries of the control arrays. The horizon is not in it: two recipes share every step up to the first at which their
-arrays differ, whatever their schedules are called.
+entries of the control arrays, learning rate and beta2. The horizon is not in it: two recipes share every step up to the
+first at which an array differs, whatever their schedules are called.
 """
 
 import dataclasses
@@ -49,9 +49,26 @@ class Segment:
         return (self.stop - self.start) * self.recipe.batch_tokens
 
 
-def prefix_hash(lr: np.ndarray) -> "hashlib._Hash":
-    """Running sha256 over the bytes of a control prefix (float64, little-endian)."""
-    return hashlib.sha256(np.ascontiguousarray(lr, dtype="<f8").tobytes())
+def controls(recipe: Recipe) -> np.ndarray:
+    """The control arrays, float64 (total_steps, 2): at each step the rate, and −beta2 where it is not the optimizer's own, else −inf."""
+    beta2_S = recipe.beta2()
+    return np.stack([recipe.lr(), np.where(beta2_S == recipe.optimizer.beta2, _NOT_MOVED, -beta2_S)], axis=1)
+
+
+def control_bytes(controls_Sx2: np.ndarray) -> bytes:
+    """A stretch of the control arrays as nodes are named by it: float64, little-endian, step by step what was moved.
+
+    A step at the optimizer's own beta2 is its rate alone, as before beta2 could move; the sign tells another one from a rate.
+    """
+    return np.ascontiguousarray(controls_Sx2[controls_Sx2 != _NOT_MOVED], dtype="<f8").tobytes()
+
+
+def prefix_hash(controls_Sx2: np.ndarray) -> "hashlib._Hash":
+    """Running sha256 over a control prefix; rates alone, (S,), do where beta2 does not move."""
+    return hashlib.sha256(control_bytes(controls_Sx2))
+
+
+_NOT_MOVED = -np.inf
 
 
 def build_segments(recipes: list[Recipe], stored=lambda trunk: {}) -> list[Segment]:
@@ -71,7 +88,7 @@ def build_segments(recipes: list[Recipe], stored=lambda trunk: {}) -> list[Segme
 
 def _trie(trunk: str, recipes: dict[str, Recipe], known: dict[str, int]) -> list[Segment]:
     """All segments of one trunk, parents first, cut where paths part, where runs end and at stored states."""
-    arrays = {run_id: recipe.lr() for run_id, recipe in recipes.items()}
+    arrays = {run_id: controls(recipe) for run_id, recipe in recipes.items()}
     cuts = sorted(set(known.values()))
     found = []
     open_groups = [(list(arrays), 0, None, hashlib.sha256())]
@@ -80,9 +97,9 @@ def _trie(trunk: str, recipes: dict[str, Recipe], known: dict[str, int]) -> list
         stop = _common_length([arrays[m] for m in members], start)
         ends = tuple(m for m in members if len(arrays[m]) == stop)
         follow = _split([m for m in members if len(arrays[m]) > stop], arrays, stop)
-        recipe, lr = recipes[members[0]], arrays[members[0]]
+        recipe, moved = recipes[members[0]], arrays[members[0]]
         for cut in [c for c in cuts if start < c < stop] + [stop] * (stop > start):  # none where paths part at once
-            hasher.update(np.ascontiguousarray(lr[start:cut], dtype="<f8").tobytes())
+            hasher.update(control_bytes(moved[start:cut]))
             node = Node(trunk, cut, hasher.hexdigest()[:16])
             last = cut == stop
             if last or node.id in known:
@@ -100,7 +117,7 @@ def _common_length(arrays: list[np.ndarray], start: int) -> int:
     for other in arrays[1:]:
         differs = np.flatnonzero(first[start:stop] != other[start:stop])
         if differs.size:
-            stop = start + int(differs[0])
+            stop = start + int(differs[0]) // 2
     return stop
 
 

@@ -1,4 +1,4 @@
-"""A finished run, read from its folder; and how a worker writes one."""
+"""A run, read from its folder once it is finished; and how a worker writes one."""
 
 import functools
 import hashlib
@@ -10,8 +10,9 @@ import pandas as pd
 import torch
 
 from etastar.engine.checkpoint import AVERAGE, Damaged, tensor_bytes, tensors_of
-from etastar.engine.plan import Node
+from etastar.engine.plan import Node, build_segments, control_bytes, controls
 from etastar.engine.provenance import provenance
+from etastar.engine.read_outs import keep_losses, kept_losses
 from etastar.engine.slots import validate
 from etastar.engine.store import CURVE_COLUMNS, Store, parquet, read_parquet
 from etastar.model.decoder import Decoder
@@ -24,11 +25,67 @@ from etastar.text.corpora import prepare
 from etastar.values import canonical_json
 
 
-class Run:
-    """One run of a store: its losses, its curve and its model."""
+class Trunk:
+    """What a run has before it is finished too: its recipe, stored states, and branches that leave it."""
+
+    def __init__(self, store: Store, recipe: Recipe):
+        self.store, self.recipe = store, recipe
+
+    @property
+    def stored_tokens(self) -> int:
+        """Tokens after which the deepest stored state on its path stands; 0 where none is stored."""
+        return stored_steps(self.store, self.recipe) * self.recipe.batch_tokens
+
+    def branch_recipe(self, *, at_tokens: int, schedule, horizon_tokens: int, peak_lr: float | None = None) -> Recipe:
+        """A recipe that leaves this run after `at_tokens` and goes on to `horizon_tokens` under another schedule.
+
+        `schedule` runs over the remaining tokens; its peak is `peak_lr`, or the rate this run has at the branch point, which need
+        not be reached yet. Changes of β2 after that point are left behind. Raises ValueError for a point beyond the run, or after
+        the branch's own end, or within a batch.
+        """
+        trunk = self.recipe
+        branch = Branch(trunk=trunk.schedule, trunk_horizon_tokens=trunk.horizon_tokens, at_tokens=at_tokens, then=schedule,
+                        then_peak_lr=peak_lr)
+        kept = tuple(change for change in trunk.beta2_changes if change[0] < at_tokens)
+        return trunk.replace(schedule=branch, horizon_tokens=horizon_tokens, beta2_changes=kept)
+
+
+class UnfinishedRun(Trunk):
+    """A run that a sweep has begun, or means to, and not finished: all that a Run has beyond its recipe raises ValueError."""
+
+    def __init__(self, store: Store, recipe: Recipe, run_id: str, sweep: str):
+        super().__init__(store, recipe)
+        self.run_id, self.sweep = run_id, sweep
+
+    def __repr__(self):
+        return f"UnfinishedRun({self.run_id}, {self.status}, {self.stored_tokens:,} of {self.recipe.horizon_tokens:,} tokens stored)"
+
+    @property
+    def stored_tokens(self) -> int:
+        """As of any run; what it left itself counts too where it is trained beside a sweep."""
+        own = stored_steps(Store(self.store.beside(self.sweep)), self.recipe) * self.recipe.batch_tokens
+        return max(own, super().stored_tokens)
+
+    @property
+    def status(self) -> str:
+        """"running" while a process is at work on its sweep, else "interrupted"; "finished" once `find_run` gives a Run."""
+        if self.store.is_finished(self.run_id):
+            return "finished"
+        return "running" if self.store.is_running(self.sweep) else "interrupted"
+
+    def __getattr__(self, name: str):
+        if not hasattr(Run, name):
+            raise AttributeError(f"an unfinished run has no {name!r}")
+        raise ValueError(f"run {self.run_id} has no {name}: when es.find_run found it, it was not finished (now {self.status}, "
+                         f"{self.stored_tokens:,} of {self.recipe.horizon_tokens:,} tokens stored); es.find_run gives all of it when it is")
+
+
+class Run(Trunk):
+    """One finished run of a store: its losses, its curve and its model."""
 
     def __init__(self, store: Store, recipe: Recipe, summary: dict):
-        self.store, self.recipe, self.summary = store, recipe, summary
+        super().__init__(store, recipe)
+        self.summary = summary
 
     def __repr__(self):
         return f"Run({self.run_id}, {self.status}, val_loss={self.val_loss:.4f})"
@@ -70,25 +127,46 @@ class Run:
         self._refuse_diverged()
         return self._decoder(tensors_of(self.store.read(self.run_id, "model.safetensors")))
 
-    def averages(self) -> pd.DataFrame:
-        """Validation losses of all read-outs of the weights at the run's end, computed when asked for: one row a read-out.
+    def halves(self) -> dict[str, float]:
+        """val_loss in nats per token, and val_loss_a and val_loss_b, on every other document of validation."""
+        return _halved(self.val_loss, self.validation["loss"].to_numpy(), self.validation["document"].to_numpy())
+
+    def averages(self, windows=None) -> pd.DataFrame:
+        """Validation losses of all read-outs of the weights at the run's end, worked out when first asked for: one row a read-out.
 
         read_out "final" (the run's own model), "ema" (horizon_tokens), "swa" (mean over the steps of the last `windows` windows),
         "lawa" (mean of the weights at the ends of the last `windows` windows); from_tokens and to_tokens, what the average spans;
         val_loss in nats per token, and val_loss_a and val_loss_b on every other document of validation, so that what is chosen on
-        one half is reported on the other. Only windows that ended count: let `average_every_tokens` divide the horizon.
+        one half is reported on the other. Only windows that ended count: let `average_every_tokens` divide the horizon. SWA and LAWA
+        are read out over every number of windows, or over those in `windows`.
         """
-        asked = [("final", {})] + [("ema", {"horizon_tokens": tokens}) for tokens in self.observed.ema_horizon_tokens]
-        counts = range(1, len(self._windows) + 1)
-        asked += [(name, {"windows": k}) for name in ("swa", "lawa") for k in counts]
-        rows = []
-        for name, given in asked:
-            params = self._averaged(name, **given)
-            losses = _halved(*validate(params, self.recipe.model, scalars(self.recipe.parametrization, self.recipe.model),
-                                       prepare(self.recipe.corpus)))
+        kept, fresh, rows = kept_losses(self.store.path, self.run_id), {}, []
+        for name, given in self._read_outs(windows):
+            key = self._key(name, given)
+            if name != "final" and key not in kept:
+                fresh[key] = self._validated(self._averaged(name, **given))
+            losses = self.halves() if name == "final" else (kept | fresh)[key]
             rows.append({"read_out": name, "horizon_tokens": given.get("horizon_tokens"), "windows": given.get("windows"),
                          **self._span(name, given.get("windows")), **losses})
+        if fresh:
+            keep_losses(self.store.path, self.run_id, kept | fresh)
         return pd.DataFrame(rows).astype({"horizon_tokens": "Int64", "windows": "Int64"})
+
+    def lacks_averages(self, windows=None) -> int:
+        """How many losses `averages(windows)` would have to work out, since the store does not keep them yet."""
+        kept = kept_losses(self.store.path, self.run_id)
+        return sum(name != "final" and self._key(name, given) not in kept for name, given in self._read_outs(windows))
+
+    def _read_outs(self, windows) -> list[tuple[str, dict]]:
+        counts = [k for k in range(1, len(self._windows) + 1) if windows is None or k in windows]
+        return [("final", {}), *(("ema", {"horizon_tokens": tokens}) for tokens in self.observed.ema_horizon_tokens),
+                *((name, {"windows": k}) for name in ("swa", "lawa") for k in counts)]
+
+    def _key(self, name: str, given: dict) -> str:
+        """What the store calls the loss of a read-out; how many windows there are follows from their length."""
+        if name == "ema":
+            return f"ema-{given['horizon_tokens']}"
+        return f"{name}-{given.get('windows')}x{self.observed.average_every_tokens}"
 
     def averaged_model(self, read_out: str, *, horizon_tokens: int | None = None, windows: int | None = None,
                        to_tokens: int | None = None) -> Decoder:
@@ -132,6 +210,10 @@ class Run:
                           "es.run(…, observe=…) as before makes it again, after `etastar runs gc --states` where it does not")
         return self.store.node_state(node)
 
+    def _validated(self, params: dict[str, torch.Tensor]) -> dict[str, float]:
+        return _halved(*validate(params, self.recipe.model, scalars(self.recipe.parametrization, self.recipe.model),
+                                 prepare(self.recipe.corpus)))
+
     def _span(self, read_out: str, windows: int | None) -> dict[str, int]:
         """The tokens after which an average's first and last weights stood."""
         batch_tokens, last = self.recipe.batch_tokens, self.summary["steps"]
@@ -146,16 +228,6 @@ class Run:
 
     def _decoder(self, params: dict[str, torch.Tensor]) -> Decoder:
         return Decoder(self.recipe.model, prepare(self.recipe.corpus).vocab, self.recipe.parametrization, params)
-
-    def branch_recipe(self, *, at_tokens: int, schedule, horizon_tokens: int, peak_lr: float | None = None) -> Recipe:
-        """A recipe that leaves this run after `at_tokens` and goes on to `horizon_tokens` under another schedule.
-
-        `schedule` runs over the remaining tokens; its peak is `peak_lr`, or the rate this run had at the branch point.
-        """
-        trunk = self.recipe
-        branch = Branch(trunk=trunk.schedule, trunk_horizon_tokens=trunk.horizon_tokens, at_tokens=at_tokens, then=schedule,
-                        then_peak_lr=peak_lr)
-        return trunk.replace(schedule=branch, horizon_tokens=horizon_tokens)
 
     def _refuse_diverged(self):
         if self.status == "diverged":
@@ -179,9 +251,9 @@ def window_nodes(recipe: Recipe, observe: Observe) -> list[Node]:
     """
     if observe.average_every_tokens is None:
         return []
-    lr, hasher, start, nodes = recipe.lr(), hashlib.sha256(), 0, []
-    for end in observe.window_ends(len(lr), recipe.batch_tokens):
-        hasher.update(np.ascontiguousarray(lr[start:end], dtype="<f8").tobytes())
+    moved, hasher, start, nodes = controls(recipe), hashlib.sha256(), 0, []
+    for end in observe.window_ends(len(moved), recipe.batch_tokens):
+        hasher.update(control_bytes(moved[start:end]))
         nodes.append(Node(_window_trunk(recipe.trunk_id, observe.average_every_tokens), end, hasher.hexdigest()[:16]))
         start = end
     return nodes
@@ -207,12 +279,24 @@ def _halved(mean: float, loss_N: np.ndarray, document_N: np.ndarray) -> dict[str
                                  for name, half in zip(("val_loss_a", "val_loss_b"), halves, strict=True)}
 
 
-def open_run(store: Store, run_id: str) -> Run:
-    """A finished run by its id; ValueError naming the id where there is none."""
-    summary = store.summary(run_id)
-    if summary is None:
-        raise ValueError(f"no finished run {run_id!r} in the store {store.path}; `etastar runs list` names them")
-    return Run(store, Recipe.from_json(store.read(run_id, "recipe.json").decode()), summary)
+def find_run(store, run_id: str) -> Run | UnfinishedRun:
+    """A run of a store (or of its path) by its id, finished or not; ValueError naming the id where the store knows none."""
+    store = Store.at(store)
+    unfinished, summary = store.unfinished(), store.summary(run_id)  # in this order, for it may be finished in between
+    if summary is not None:
+        return Run(store, Recipe.from_json(store.read(run_id, "recipe.json").decode()), summary)
+    if run_id not in unfinished:
+        raise ValueError(f"no run {run_id!r} in the store {store.path}; `etastar runs list` and `runs list --unfinished` name them")
+    sweep, recipe = unfinished[run_id]
+    return UnfinishedRun(store, Recipe.from_json(recipe), run_id, sweep)
+
+
+def stored_steps(store: Store, recipe: Recipe) -> int:
+    """Steps after which the deepest state on a recipe's path stands that a run can start from; 0 where none is stored."""
+    def stored(trunk):
+        return {name: meta["step"] for name, meta in store.stored_nodes(trunk, Observe()).items() if meta["diverged_at"] is None}
+
+    return build_segments([recipe], stored)[0].start
 
 
 def write_run(store: Store, recipe: Recipe, node: Node, observe: Observe, vocab: int, model=None, validation=None,

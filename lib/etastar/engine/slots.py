@@ -13,7 +13,7 @@ from etastar.engine.kernels import fix_workspace, kernels
 from etastar.model import decoder
 from etastar.model.parametrization import numbers, scalars
 from etastar.observe import Observe
-from etastar.optim.adamw import StackedAdamW
+from etastar.optim.adamw import StackedAdamW, in_force
 from etastar.optim.averaging import StackedAverages
 from etastar.optim.schedule_free import StackedScheduleFreeAdamW
 from etastar.optim.stacked import Flat
@@ -87,6 +87,12 @@ class SlotStack:
         self.optimizer.configure(slot, recipe.optimizer)
         self.recipes[slot] = recipe
         self.step_M[slot], self.alive_M[slot] = step, True
+        self.set_beta2(slot, step)
+
+    def set_beta2(self, slot: int, step: int) -> None:
+        """Put in force what the slot's recipe has as beta2 after `step` steps, in place; whoever trains calls it where that changes."""
+        if self.recipes[slot].beta2_changes:
+            self.optimizer.set_beta2(slot, *in_force(self.recipes[slot].beta2(), step))
 
     def _rows(self) -> dict[str, torch.Tensor]:
         """All (M, P) tensors of the state, by the pattern that makes a parameter's name the tensor's: "{}", "{}.m", "average/mean/{}"."""
@@ -108,7 +114,7 @@ class SlotStack:
         self.recipes[slot], self.alive_M[slot] = None, False
 
     def train(self, lr_MxS: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Train every loaded slot for S steps at the given rates: train loss and gradient norm, both (M, S).
+        """Train every loaded slot for S steps at the given rates and the beta2 in force: train loss and gradient norm, both (M, S).
 
         A slot whose loss or gradient is not finite is frozen as it stood before that step; its entries are NaN from there.
         """

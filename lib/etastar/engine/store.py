@@ -5,29 +5,40 @@
     store/corpora.json                what each corpus held when its first run was trained
     store/execution.json              how each shape is computed, where that was chosen by measurement
     store/sweeps.jsonl                one line a sweep: its wall seconds, and those its workers spent by part
+    store/.unfinished/SWEEP.json      the recipes of a sweep that has begun and not ended, by run id
+    store/.beside/SWEEP/              a store of its own, of runs that are trained beside a sweep (engine.beside)
     store/.compiled/                  what torch.compile made
 
 A run is done if and only if its summary is there and agrees with the files beside it.
+
+Who may do what at the same time: one sweep writes runs and states (`.lock`); those beside it put in what is not there yet and take
+nothing away; `runs gc` wants the store for itself, so all of these hold `.in-use` together and it alone. Readers need no lock.
 """
 
 import contextlib
-import errno
-import fcntl
 import io
 import json
 import os
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import pandas as pd
 
 from etastar.engine.checkpoint import Damaged, check_size, read_json, read_whole, tensors_of, write_json, write_whole
+from etastar.engine.folders import ALONE, TOGETHER, is_alive, lock_at_once, replace_folder, wait_for_lock
 from etastar.engine.plan import Node
 from etastar.observe import Observe
 from etastar.recipe import Recipe
 from etastar.values import canonical_json
 
 CURVE_COLUMNS = ("step", "tokens", "lr", "train_loss", "val_loss", "grad_norm")
+STATE = "state.safetensors"
+ORPHAN_SECONDS = 60.0  # how long the workers of a killed sweep may take to notice and to save; a step that is being compiled is longest
+
+Seen = TypeVar("Seen")
 
 
 class StoreError(ValueError):
@@ -39,6 +50,22 @@ class Store:
 
     def __init__(self, path):
         self.path = Path(path)
+        self.lock_fds: tuple[int, ...] = ()  # while `locked`: workers inherit them and hold the store until they leave, killed or not
+
+    @staticmethod
+    def at(path_or_store) -> "Store":
+        """A store by its path; a store as it is."""
+        return path_or_store if isinstance(path_or_store, Store) else Store(path_or_store)
+
+    @property
+    def home(self) -> "Store":
+        """The store where finished runs end up: this one, except where it stands beside another."""
+        return self
+
+    @property
+    def lock_file(self) -> Path:
+        """Names the process that writes here, which holds it locked."""
+        return self.path / ".lock"
 
     # -- before training -------------------------------------------------------------------------------------------
 
@@ -61,18 +88,61 @@ class Store:
     @contextlib.contextmanager
     def locked(self):
         """Hold the store for one writer; raises StoreError naming the process that holds it."""
-        with open(self.path / ".lock", "a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                file.seek(0)
-                raise StoreError(
-                    f"the store {self.path} is in use by process {file.read().strip() or 'unknown'}; "
-                    "wait for it to finish or choose another store"
-                ) from None
+        with self._used() as used, _opened(self.lock_file) as file:
+            patience = time.monotonic() + ORPHAN_SECONDS
+            while not lock_at_once(file, ALONE):
+                holder = self.lock_file.read_text()
+                if is_alive(holder) or time.monotonic() > patience:
+                    raise StoreError(self._in_use(holder or "unknown"))
+                time.sleep(0.1)  # it was killed, and its workers still save the states from which it goes on
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
+            self.lock_fds = (used.fileno(), file.fileno())
+            try:
+                yield
+            finally:
+                self.lock_fds = ()
+                file.truncate(0)
+
+    def _in_use(self, holder: str) -> str:
+        return (f"the store {self.path} is in use by process {holder}; wait for it to finish, choose another store, or train beside it "
+                "with es.run(…, beside=True)")
+
+    @contextlib.contextmanager
+    def _used(self):
+        """Keep `runs gc` away; raises StoreError while it is at work."""
+        with _opened(self.home.path / ".in-use") as file:
+            if not lock_at_once(file, TOGETHER):
+                raise StoreError(f"the store {self.home.path} is being cleaned up by `runs gc`; try again when it is done")
+            yield file
+
+    @contextlib.contextmanager
+    def _alone(self):
+        """Hold the store against everybody; raises StoreError naming who uses it."""
+        with _opened(self.path / ".in-use") as file:
+            if not lock_at_once(file, ALONE):
+                held = [lock.read_text() for lock in (self.lock_file, *self.path.glob(".beside/*.lock")) if lock.exists()]
+                raise StoreError(f"the store {self.path} is in use by process {', '.join(pid for pid in held if pid and is_alive(pid))}; "
+                                 "clean it up when nothing is being trained in it")
+            yield
+
+    @contextlib.contextmanager
+    def announced(self, sweep: str, recipes: dict[str, Recipe]):
+        """Leave the recipes of a sweep where `unfinished` finds them until it has ended well; they count as running while this lasts."""
+        path = self.home.path / ".unfinished" / f"{sweep}.json"
+        path.parent.mkdir(exist_ok=True)
+        write_whole(path, ("{" + ",\n".join(f'"{run_id}":{recipe.to_json()}' for run_id, recipe in recipes.items()) + "}").encode())
+        with open(path) as file:
+            wait_for_lock(file)
+            yield
+            path.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _noting(self):
+        """Wait for whoever else changes one of the store's small files."""
+        with _opened(self.path / ".notes.lock") as file:
+            wait_for_lock(file)
             yield
 
     def check_corpora(self, recipes) -> dict[str, str]:
@@ -91,7 +161,8 @@ class Store:
 
     def remember_corpora(self, recipes) -> None:
         """Write down what each corpus holds."""
-        write_json(self.path / "corpora.json", self.check_corpora(recipes))
+        with self._noting():
+            write_json(self.path / "corpora.json", self.check_corpora(recipes))
 
     def held_execution(self) -> dict[str, dict]:
         """The way of computing chosen for each shape when its first run was trained: {stack key: choice}."""
@@ -101,12 +172,13 @@ class Store:
     def hold_execution(self, chosen: dict[str, dict]) -> None:
         """Keep what was chosen, so that a resumed sweep has the same bits."""
         if chosen:
-            write_json(self.path / "execution.json", {**chosen, **self.held_execution()})
+            with self._noting():
+                write_json(self.path / "execution.json", {**chosen, **self.held_execution()})
 
     def log_sweep(self, told: dict) -> None:
         """Add a line to sweeps.jsonl: how long a call of `run` took and what its workers spent their seconds on."""
-        with open(self.path / "sweeps.jsonl", "a") as file:
-            file.write(json.dumps(told) + "\n")
+        with open(self.home.path / "sweeps.jsonl", "a") as file:
+            file.write(json.dumps(told) + "\n")  # short enough to be one write, so that lines of two processes do not mix
 
     # -- runs ------------------------------------------------------------------------------------------------------
 
@@ -114,6 +186,36 @@ class Store:
     def nodes(self) -> Path:
         """Folder of the shared states."""
         return self.path / ".nodes"
+
+    def beside(self, sweep: str) -> Path:
+        """Folder of a sweep that is trained beside others."""
+        return self.path / ".beside" / sweep
+
+    @property
+    def compiled_code(self) -> Path:
+        """Folder of what torch.compile made."""
+        return self.home.path / ".compiled"
+
+    def unfinished(self) -> dict[str, tuple[str, dict]]:
+        """(sweep, recipe as JSON) by run id of runs that a sweep began and did not finish; where several did, one that is running."""
+        return again(self._unfinished)
+
+    def _unfinished(self):
+        paths = sorted((self.path / ".unfinished").glob("*.json"), key=lambda path: self.is_running(path.stem))
+        found = {run_id: (path.stem, recipe) for path in paths for run_id, recipe in read_json(path).items()}
+        return {run_id: told for run_id, told in found.items() if not self.is_finished(run_id)}
+
+    def is_running(self, sweep: str) -> bool:
+        """Whether a process is at work on a sweep that `unfinished` names."""
+        try:
+            with open(self.path / ".unfinished" / f"{sweep}.json") as file:
+                return not lock_at_once(file, TOGETHER)
+        except FileNotFoundError:
+            return False
+
+    def is_finished(self, run_id: str) -> bool:
+        """Whether a run is in its folder."""
+        return (self.path / run_id / "summary.json").exists()
 
     def run_ids(self) -> list[str]:
         """Ids of all finished runs."""
@@ -124,6 +226,9 @@ class Store:
 
     def summary(self, run_id: str) -> dict | None:
         """The summary of a finished run, None where there is none; Damaged where its files are not as recorded."""
+        return again(lambda: self._summary(run_id))
+
+    def _summary(self, run_id: str) -> dict | None:
         folder = self.path / run_id
         if not (folder / "summary.json").exists():
             return None
@@ -137,7 +242,7 @@ class Store:
 
     def read(self, run_id: str, name: str) -> bytes:
         """A file of a finished run, checked against its sha256."""
-        return read_whole(self.path / run_id / name, self.summary(run_id)["files"][name])
+        return again(lambda: read_whole(self.path / run_id / name, self.summary(run_id)["files"][name]))
 
     def write_run(self, recipe: Recipe, files: dict[str, bytes], summary: dict) -> None:
         """Put a finished run in its place: all files first, the summary last, one rename."""
@@ -145,7 +250,7 @@ class Store:
         files = {"recipe.json": json.dumps(json.loads(recipe.to_json()), indent=1).encode(), **files}
         recorded = {name: write_whole(folder / name, data) for name, data in files.items()}
         write_json(folder / "summary.json", {**summary, "run_id": recipe.run_id, "files": recorded})
-        _replace_folder(folder, final)
+        replace_folder(folder, final)
 
     def table(self) -> pd.DataFrame:
         """One row a finished run, from the summaries alone."""
@@ -157,16 +262,22 @@ class Store:
     def stored_nodes(self, trunk: str, observe: Observe) -> dict[str, dict]:
         """Meta by id of the states of one trunk that a run can start from: observed as asked, tensors there or diverged."""
         folder = self.nodes / trunk
-        found = {}
-        for entry in os.scandir(folder) if folder.is_dir() else ():
-            meta = read_json(Path(entry.path) / "meta.json")
-            has_state = os.path.exists(os.path.join(entry.path, "state.safetensors"))
-            seen = Observe.from_meta(meta)
-            if (has_state or meta["diverged_at"] is not None) and seen.covers(observe):
-                if has_state:
-                    check_size(Path(entry.path) / "state.safetensors", meta["files"]["state.safetensors"])
-                found[entry.name] = meta
-        return found
+        found = {entry.name: again(lambda entry=entry: self._startable(Path(entry.path), observe))
+                 for entry in (os.scandir(folder) if folder.is_dir() else ())}
+        return {name: meta for name, meta in found.items() if meta is not None}
+
+    def _startable(self, folder: Path, observe: Observe) -> dict | None:
+        meta = read_json(folder / "meta.json")
+        has_state = (folder / STATE).exists()
+        if not (has_state or meta["diverged_at"] is not None) or not Observe.from_meta(meta).covers(observe):
+            return None
+        if has_state:
+            check_size(folder / STATE, meta["files"][STATE])
+        return meta
+
+    def has_state(self, node: Node) -> bool:
+        """Whether the tensors of a state are there."""
+        return (self.node_folder(node) / STATE).exists()
 
     def node_folder(self, node: Node) -> Path:
         """Folder of one shared state."""
@@ -182,19 +293,19 @@ class Store:
         folder = self._partial(f"{node.trunk}-{node.id}")
         files = {"chunk.parquet": write_whole(folder / "chunk.parquet", parquet(chunk))}
         if state is not None:
-            files["state.safetensors"] = write_whole(folder / "state.safetensors", state)
+            files[STATE] = write_whole(folder / STATE, state)
         write_json(folder / "meta.json", {**meta, "step": node.step, "files": files})
         self.node_folder(node).parent.mkdir(parents=True, exist_ok=True)
-        _replace_folder(folder, self.node_folder(node))
+        replace_folder(folder, self.node_folder(node))
 
     def node_state(self, node: Node) -> dict:
         """The tensors of a state."""
         meta = self.node_meta(node)
-        return tensors_of(read_whole(self.node_folder(node) / "state.safetensors", meta["files"]["state.safetensors"]))
+        return tensors_of(read_whole(self.node_folder(node) / STATE, meta["files"][STATE]))
 
     def drop_state(self, node: Node) -> None:
         """Forget the tensors of a state but keep its curve."""
-        (self.node_folder(node) / "state.safetensors").unlink(missing_ok=True)
+        (self.node_folder(node) / STATE).unlink(missing_ok=True)
 
     def curve_to(self, node: Node) -> pd.DataFrame:
         """The curve of all steps up to a state, gathered along its ancestors."""
@@ -211,21 +322,41 @@ class Store:
     def _partial(self, name: str) -> Path:
         folder = self.path / ".partial" / f"{name}.{os.getpid()}"
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        while not folder.exists():
+            with contextlib.suppress(FileNotFoundError):  # another worker took the empty folder above away just now
+                folder.mkdir(parents=True)
         return folder
 
     # -- upkeep ----------------------------------------------------------------------------------------------------
 
     def collect_garbage(self, states: bool = False, damaged: bool = False) -> list[str]:
-        """Remove leftovers; with `states` all shared states, with `damaged` set damaged runs and states aside."""
-        done = []
-        for leftover in (".partial", ".logs", *([".nodes"] if states else [])):
-            if (self.path / leftover).exists():
-                shutil.rmtree(self.path / leftover)
-                done.append(f"removed {leftover}")
-        if damaged:
-            done += self._set_damaged_aside()
-        return done
+        """Remove leftovers; with `states` all shared states, with `damaged` set damaged runs and states aside.
+
+        Runs that a sweep began stay known and go on from their states, unless these are removed. StoreError while the store is in use.
+        """
+        if not self.path.is_dir():
+            return []
+        with self._alone():
+            gone = [".partial", ".logs", *((".nodes", ".beside", ".unfinished") if states else self._ended())]
+            gone = [name for name in gone if (self.path / name).exists()]
+            for name in gone:
+                shutil.rmtree(self.path / name) if (self.path / name).is_dir() else (self.path / name).unlink()
+            done = [f"removed {name}" for name in gone]
+            if damaged:
+                for store in (self, *map(Store, self.path.glob(".beside/*/"))):
+                    done += store._set_damaged_aside()
+            return done
+
+    def _ended(self) -> list[str]:
+        """What is left of sweeps whose runs are all finished."""
+        going_on = {path.stem for path in self.path.glob(".unfinished/*.json") if self._goes_on(path)}
+        left = [*self.path.glob(".unfinished/*"), *self.path.glob(".beside/*")]
+        return sorted(str(path.relative_to(self.path)) for path in left if path.stem not in going_on)
+
+    def _goes_on(self, announced: Path) -> bool:
+        with contextlib.suppress(Damaged):  # nobody misses it
+            return not all(map(self.is_finished, read_json(announced)))
+        return False
 
     def _set_damaged_aside(self) -> list[str]:
         aside = self.path / ".damaged"
@@ -234,11 +365,11 @@ class Store:
             try:
                 record = read_json(folder / ("meta.json" if folder.parent.parent == self.nodes else "summary.json"))
                 for name, recorded in record["files"].items():
-                    if name != "state.safetensors" or (folder / name).exists():
+                    if name != STATE or (folder / name).exists():
                         read_whole(folder / name, recorded)
             except (Damaged, KeyError) as error:
                 aside.mkdir(exist_ok=True)
-                _replace_folder(folder, aside / folder.name)
+                replace_folder(folder, aside / folder.name)
                 done.append(f"set aside {folder.name}: {error}")
         return done
 
@@ -255,26 +386,18 @@ def read_parquet(data: bytes) -> pd.DataFrame:
     return pd.read_parquet(io.BytesIO(data))
 
 
-def _replace_folder(partial: Path, final: Path) -> None:
-    """Rename a folder into place; one that is already there holds the same bits and makes way."""
-    _sync(partial)
+def _opened(lock: Path):
     try:
-        os.rename(partial, final)
+        lock.parent.mkdir(exist_ok=True)
+        return open(lock, "a+")
     except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-        old = partial.with_name(partial.name + ".old")
-        os.rename(final, old)
-        os.rename(partial, final)
-        shutil.rmtree(old, ignore_errors=True)
-    _sync(final.parent)
-    with contextlib.suppress(OSError):
-        partial.parent.rmdir()  # when nobody else is writing
+        raise StoreError(f"cannot write to the store: {lock}: {error.strerror}") from None
 
 
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def again(look: Callable[[], Seen]) -> Seen:
+    """What `look` sees; it looks twice where another process may have changed what it was looking at."""
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        return look()
+    except (Damaged, OSError):
+        time.sleep(0.1)
+        return look()

@@ -21,10 +21,11 @@ import numpy as np
 from etastar.engine import run as runs
 from etastar.engine.checkpoint import split_state, state_tensors, tensor_bytes
 from etastar.engine.layout import verified
-from etastar.engine.plan import Node, prefix_hash
+from etastar.engine.plan import Node, controls, prefix_hash
 from etastar.engine.slots import SlotStack, stack_key
 from etastar.engine.store import Store
 from etastar.observe import Observe
+from etastar.optim.adamw import turns
 from etastar.recipe import Recipe
 from etastar.text.corpora import prepare
 
@@ -56,7 +57,8 @@ class Job:
     """A task in a slot: where it stands and the curve since the state it can be resumed from."""
 
     def __init__(self, task: Task):
-        self.task, self.lr = task, task.recipe.lr()
+        self.task, self.lr, self.controls = task, task.recipe.lr(), controls(task.recipe)
+        self.beta2_turns = frozenset(turns(task.recipe.beta2()))
         self.saved = task.parent
         self.step = self.saved_step = task.parent.step if task.parent else 0
         self.losses, self.norms, self.val_loss = [], [], {}
@@ -70,7 +72,7 @@ class Job:
 
     def here(self) -> Node:
         """The node of the state after `step` steps."""
-        return Node(self.task.node.trunk, self.step, prefix_hash(self.lr[: self.step]).hexdigest()[:16])
+        return Node(self.task.node.trunk, self.step, prefix_hash(self.controls[: self.step]).hexdigest()[:16])
 
 
 class Worker:
@@ -147,14 +149,16 @@ class Worker:
             job.losses.append(losses_MxS[slot])
             job.norms.append(norms_MxS[slot])
             job.step += steps
+            if job.step in job.beta2_turns:
+                self.stack.set_beta2(slot, job.step)
             self._look(slot, job, report)
         report({"steps": steps * len(busy), "tokens": sum(steps * job.task.recipe.batch_tokens for _, job in busy)})
 
     def _steps_to_event(self, job: Job) -> int:
         batch_tokens = job.task.recipe.batch_tokens
         ahead = range(job.step + 1, min(job.task.node.step, job.step + self.chunk_steps) + 1)
-        due = (step for step in ahead if step == job.task.node.step or self.observe.val_due(step, batch_tokens)
-               or self.observe.window_due(step, batch_tokens))
+        due = (step for step in ahead if step == job.task.node.step or step in job.beta2_turns
+               or self.observe.val_due(step, batch_tokens) or self.observe.window_due(step, batch_tokens))
         return next(due, self.chunk_steps + job.step) - job.step
 
     def _look(self, slot: int, job: Job, report) -> None:

@@ -1,8 +1,11 @@
 """AdamW on a stack, with each slot's own rate, decay, betas, clip and step count.
 
-The arithmetic of torch.optim.AdamW in its order, slot by slot, so that the bits are the same.
+The arithmetic of torch.optim.AdamW in its order, slot by slot, so that the bits are the same. A slot's beta2 may change on the way
+(arXiv 2508.01483 raises it in the cooldown): the bias of the second moment is then that of an average whose weights the changed
+beta2 gave, 1 − the product of the beta2 of all steps, where torch's 1 − beta2^step would forget the steps before.
 """
 
+import numpy as np
 import torch
 
 from etastar.optim.stacked import Flat, StackedOptimizer
@@ -15,7 +18,8 @@ def _numbers(options, lr_M, step_M, multipliers):
     """
     beta1, beta2, lr_Mx1 = options["beta1"], options["beta2"], lr_M[:, None]
     bias1_Mx1 = 1 - beta1 ** step_M[:, None]
-    bias2_root_Mx1 = (1 - beta2 ** step_M[:, None]).sqrt().float()
+    lasting_Mx1 = step_M[:, None] - options["beta2_since"]
+    bias2_root_Mx1 = (1 - options["beta2_carried"] * beta2**lasting_Mx1).sqrt().float()
     groups = []
     for lr_multiplier, decay_multiplier, eps_multiplier in multipliers:
         rate_Mx1 = lr_Mx1 * lr_multiplier
@@ -37,6 +41,19 @@ def _update(data_MxP, m_MxP, v_MxP, grad_MxP, by, spans) -> None:
         data.addcdiv_(m * rate_Mx1, root.add_(eps_Mx1))
 
 
+def turns(beta2_S: np.ndarray) -> list[int]:
+    """The steps after which beta2 is another one."""
+    return (np.flatnonzero(np.diff(beta2_S)) + 1).tolist()
+
+
+def in_force(beta2_S: np.ndarray, step: int) -> tuple[float, int, float]:
+    """After `step` steps: beta2 of the next one, the step since which it holds, and the product of those of all steps up to there."""
+    since, carried = 0, 1.0
+    for turn in turns(beta2_S[: step + 1]):
+        since, carried = turn, carried * float(beta2_S[since]) ** (turn - since)
+    return float(beta2_S[since]), since, carried
+
+
 class StackedAdamW(StackedOptimizer):
     """Moments and per-slot options of a stack; `step` updates the flat parameters in place."""
 
@@ -46,6 +63,17 @@ class StackedAdamW(StackedOptimizer):
     def __init__(self, flat: Flat, compiled: bool = False):
         super().__init__(flat, compiled)
         self.m_MxP, self.v_MxP = flat.like(), flat.like()
+        self.options |= {name: torch.zeros_like(self.options["beta2"]) for name in ("beta2_since", "beta2_carried")}
+
+    def configure(self, slot: int, optimizer) -> None:
+        """Take the options of one slot from its recipe; its beta2 is the optimizer's until `set_beta2`."""
+        super().configure(slot, optimizer)
+        self.set_beta2(slot, optimizer.beta2)
+
+    def set_beta2(self, slot: int, beta2: float, since: int = 0, carried: float = 1.0) -> None:
+        """Another beta2 for the steps after step `since`; `carried` is the product of those of the steps up to it (`in_force`)."""
+        for name, given in (("beta2", beta2), ("beta2_since", since), ("beta2_carried", carried)):
+            self.options[name][slot] = given
 
     @torch.no_grad()
     def step(self, grad_MxP: torch.Tensor, lr_M: torch.Tensor, step_M: torch.Tensor, alive_M: torch.Tensor) -> None:

@@ -72,9 +72,9 @@ class StackedOptimizer:
 
     def configure(self, slot: int, optimizer) -> None:
         """Take the options of one slot from its recipe."""
-        for name, tensor in self.options.items():
+        for name in self.option_names:
             given = getattr(optimizer, name)
-            tensor[slot] = math.inf if given is None else given
+            self.options[name][slot] = math.inf if given is None else given
 
     def clip(self, grad_MxP: torch.Tensor) -> torch.Tensor:
         """Scale each slot's gradient to its own `clip_norm` at most; returns the norms before, (M,).

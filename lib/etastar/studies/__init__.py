@@ -3,7 +3,7 @@
 import importlib
 from types import ModuleType
 
-STUDIES = {"01_cosine_vs_wsd": "cosine_vs_wsd"}
+STUDIES = {"01_cosine_vs_wsd": "cosine_vs_wsd", "02_cooldown": "cooldown", "03_averaging": "averaging"}
 PRESETS = ("smoke", "cpu", "night", "gpu", "paper")
 
 

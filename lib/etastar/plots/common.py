@@ -1,22 +1,15 @@
-"""Figures: pure functions from a frame to a matplotlib Figure, all in one style, plus `save`."""
+"""The figures that every study shares: schedules, bowls, curves, the forest of verdicts, differences by seed."""
 
-import functools
-import io
-import math
 from collections.abc import Mapping
-from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.style import context
-from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import EngFormatter
 
-STYLE = Path(__file__).with_name("default.mplstyle")
-LINES = ("-", "--", "-.", ":", (0, (6, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+from etastar.plots.style import DIFFERENCE, LOSS, Drawing, legend_above, log2_axis, marks, need, some, styled
+
 VERDICT_MARKS = {  # colour and shape, so that neither is needed alone; the verdict's word stands beside them
     "reproduced": ("#009E73", "o"),
     "contradicted": ("#D55E00", "X"),
@@ -26,63 +19,42 @@ VERDICT_MARKS = {  # colour and shape, so that neither is needed alone; the verd
 }
 UNITS = {  # axis label and the value that means no difference
     "token_fraction": ("loss difference as a share of tokens (negative: as good as that many more tokens)", 0),
-    "nats": ("difference in validation loss (nats per token)", 0),
+    "nats": (DIFFERENCE, 0),
     "octaves": ("difference in log2 of the best learning rate (octaves)", 0),
     "ratio": ("ratio", 1),
     "exponent": ("exponent", None),
+    "share": ("share", None),
 }
-LOSS = "validation loss (nats per token)"
 
 
-def _styled(function):
-    """Draw in the house style without touching the caller's settings."""
-
-    @functools.wraps(function)
-    def draw(*args, **kwargs):
-        with context(STYLE):
-            return function(*args, **kwargs)
-
-    return draw
-
-
-class Drawing(Figure):
-    """A figure that a notebook shows as a picture without pyplot, which none of this needs."""
-
-    def _repr_png_(self) -> bytes:
-        buffer = io.BytesIO()
-        with context(STYLE):
-            self.savefig(buffer, format="png", dpi=110)
-        return buffer.getvalue()
-
-
-@_styled
+@styled
 def schedule_lines(curves: Mapping[str, np.ndarray], batch_tokens: int, label: str = "learning rate") -> Figure:
     """Learning rate over tokens seen, one line a schedule; each array holds the rate of every step."""
-    _some(curves, "schedules")
+    some(curves, "schedules")
     fig = Drawing(layout="constrained")
     ax = fig.subplots()
-    for (name, lr), mark in zip(curves.items(), _marks(curves), strict=True):
+    for (name, lr), mark in zip(curves.items(), marks(curves), strict=True):
         ax.plot(
             (np.arange(len(lr)) + 1) * batch_tokens, lr, color=mark["color"], linestyle=mark["linestyle"], label=name
         )
     ax.set(xlabel="tokens", ylabel=label, ylim=(0, None), xlim=(0, None))
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-    _legend(fig, ax)
+    legend_above(fig, ax)
     return fig
 
 
-@_styled
+@styled
 def lr_bowls(frame: pd.DataFrame, bowls: Mapping | None = None) -> Figure:
     """Final loss over peak learning rate: columns arm, peak_lr, loss (nats; NaN diverged), seed; one colour an arm.
 
     Points are seeds. `bowls` (arm → fitted Bowl) adds the fitted curve, its vertex and the interval of the best rate.
     """
-    _need(frame, "arm", "peak_lr", "loss", "seed")
+    need(frame, "arm", "peak_lr", "loss", "seed")
     bowls = bowls or {}
     fig = Drawing(layout="constrained", figsize=(7, 4.4))
     ax = fig.subplots()
     arms = list(frame["arm"].unique())
-    for (i, arm), mark in zip(enumerate(arms), _marks(arms), strict=True):
+    for (i, arm), mark in zip(enumerate(arms), marks(arms), strict=True):
         rows = frame[frame["arm"] == arm]
         aside = 2 ** (0.05 * (i - (len(arms) - 1) / 2))
         kept = rows[np.isfinite(rows["loss"])]
@@ -97,21 +69,21 @@ def lr_bowls(frame: pd.DataFrame, bowls: Mapping | None = None) -> Figure:
         if len(lost):
             height = np.full(len(lost), 0.98)
             ax.plot(lost["peak_lr"] * aside, height, "x", color=mark["color"], transform=ax.get_xaxis_transform())
-    _log2_axis(ax, frame["peak_lr"])
+    log2_axis(ax, frame["peak_lr"])
     ax.set(xlabel="peak learning rate", ylabel=LOSS)
     notes = ["points: seeds"] + ["hollow: fitted best rate with its 95 % interval"] * bool(bowls)
     notes += ["× above: diverged"] * bool((~np.isfinite(frame["loss"])).any())
-    _legend(fig, ax, title="; ".join(notes))
+    legend_above(fig, ax, title="; ".join(notes))
     return fig
 
 
-@_styled
+@styled
 def loss_curves(frame: pd.DataFrame) -> Figure:
     """Loss over tokens: columns arm, tokens and val_loss or train_loss (nats per token); seeds averaged, spread shaded.
 
     Both columns make two panels. Arms keep their colour and line style.
     """
-    _need(frame, "arm", "tokens")
+    need(frame, "arm", "tokens")
     shown = [
         (column, label)
         for column, label in (("train_loss", "training loss (nats per token)"), ("val_loss", LOSS))
@@ -123,7 +95,7 @@ def loss_curves(frame: pd.DataFrame) -> Figure:
     panels = fig.subplots(1, len(shown), squeeze=False)[0]
     arms = list(frame["arm"].unique())
     for ax, (column, label) in zip(panels, shown, strict=True):
-        for arm, mark in zip(arms, _marks(arms), strict=True):
+        for arm, mark in zip(arms, marks(arms), strict=True):
             rows = (
                 frame[(frame["arm"] == arm) & frame[column].notna()]
                 .groupby("tokens")[column]
@@ -133,19 +105,19 @@ def loss_curves(frame: pd.DataFrame) -> Figure:
             ax.fill_between(rows.index, rows["min"], rows["max"], color=mark["color"], alpha=0.15, lw=0)
         ax.set(xlabel="tokens", ylabel=label)
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-    _legend(fig, panels[-1])
+    legend_above(fig, panels[-1])
     return fig
 
 
-@_styled
+@styled
 def verdict_forest(board: pd.DataFrame) -> Figure:
     """Estimate and interval of every claim that has one, its published value, and its verdict by word and shape.
 
     Columns claim, estimate, low, high, verdict; published, unit, paper, evidence where known. One panel a unit.
     """
-    _need(board, "claim", "estimate", "low", "high", "verdict")
+    need(board, "claim", "estimate", "low", "high", "verdict")
     rows = board[board["estimate"].notna()].reset_index(drop=True)
-    _some(rows, "claims with an estimate")
+    some(rows, "claims with an estimate")
     units = rows["unit"].fillna("") if "unit" in rows else pd.Series("", index=rows.index)
     groups = [(unit, rows[units == unit]) for unit in units.unique()]
     heights = [len(group) + 1.4 for _, group in groups]
@@ -163,15 +135,15 @@ def verdict_forest(board: pd.DataFrame) -> Figure:
     return fig
 
 
-@_styled
+@styled
 def paired_differences(
-    frame: pd.DataFrame, margin: float | None = None, label: str = "difference in validation loss (nats per token)"
+    frame: pd.DataFrame, margin: float | None = None, label: str = DIFFERENCE
 ) -> Figure:
     """Seeds' differences by contrast: columns contrast, seed, difference, and perhaps low, high (its 95 % interval).
 
     `margin` shades what counts as equal. Every seed is a point, the upright line is their mean.
     """
-    _need(frame, "contrast", "seed", "difference")
+    need(frame, "contrast", "seed", "difference")
     contrasts = list(frame["contrast"].unique())
     fig = Drawing(layout="constrained", figsize=(7.5, 0.6 * len(contrasts) + 1.6))
     ax = fig.subplots()
@@ -213,17 +185,6 @@ def paired_differences(
     return fig
 
 
-def save(fig: Figure, folder, stem: str) -> list[Path]:
-    """Write folder/stem.png (150 dpi) and folder/stem.svg, the same bytes each time; returns the two paths."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{stem}.png", folder / f"{stem}.svg"]
-    with context(STYLE):
-        fig.savefig(paths[0], metadata={"Software": None})
-        fig.savefig(paths[1], metadata={"Date": None, "Creator": None})
-    return paths
-
-
 def _bowl(ax, bowl, rows, mark) -> None:
     x = np.geomspace(rows["peak_lr"].min(), rows["peak_lr"].max(), 200)
     ax.plot(x, bowl.loss_at(x), color=mark["color"], linestyle=mark["linestyle"])
@@ -254,43 +215,3 @@ def _forest_panel(ax, unit: str, rows: pd.DataFrame) -> None:
 def _claim_label(row: dict) -> str:
     source = ", ".join(str(row[key]) for key in ("paper", "evidence") if row.get(key))
     return f"{row['claim']}\n{source}" if source else str(row["claim"])
-
-
-def _marks(names) -> list[dict]:
-    """Colour, line style and marker of each name, so that no arm is told by colour alone."""
-    colours = _colours()
-    return [
-        {"color": colours[i % len(colours)], "linestyle": LINES[i % len(LINES)], "marker": MARKERS[i % len(MARKERS)]}
-        for i in range(len(names))
-    ]
-
-
-def _colours() -> list[str]:
-    """The colours of the house style, in order."""
-    return matplotlib.rcParams["axes.prop_cycle"].by_key()["color"]
-
-
-def _log2_axis(ax, rates) -> None:
-    low, high = math.floor(math.log2(min(rates))), math.ceil(math.log2(max(rates)))
-    step = max(1, -(-(high - low) // 10))
-    ax.set_xscale("log", base=2)
-    ax.xaxis.set_major_locator(FixedLocator([2.0**k for k in range(low, high + 1, step)]))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"$2^{{{round(math.log2(x))}}}$"))
-    ax.xaxis.set_minor_locator(NullLocator())
-
-
-def _legend(fig, ax, title: str | None = None) -> None:
-    """The legend above the axes, where it hides no point."""
-    handles, labels = ax.get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside upper left", ncols=min(4, len(labels)), title=title, alignment="left")
-
-
-def _need(frame: pd.DataFrame, *columns: str) -> None:
-    if lacking := [name for name in columns if name not in frame]:
-        raise ValueError(f"no column {', '.join(map(repr, lacking))}; the frame has {', '.join(map(str, frame))}")
-    _some(frame, "rows")
-
-
-def _some(things, what: str) -> None:
-    if len(things) == 0:
-        raise ValueError(f"nothing to draw: no {what}")
