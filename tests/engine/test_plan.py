@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from etastar.engine.execute import prepare_sweep, run
 from etastar.engine.plan import Node, build_segments, control_bytes, controls, critical_order, prefix_hash, schedule_length
 from etastar.schedules import WSD, Constant, Cosine, Table
 from tiny import BATCH, recipe, wsd
@@ -165,3 +166,13 @@ def test_sharing_does_not_ask_what_a_schedule_is_called():
 def _common(a, b):
     n = min(len(a), len(b))
     return int(np.argmax(a[:n] != b[:n]))
+
+
+def test_states_are_kept_where_recipes_to_come_will_leave(tmp_path):
+    trunk, later = recipe(16), recipe(16, schedule=wsd(5))
+    plain, cut = build_segments([trunk]), build_segments([trunk], later=[trunk, later])
+    assert [s.stop for s in plain] == [16] and [(s.start, s.stop) for s in cut] == [(0, 11), (11, 16)]
+    assert [s.ends for s in cut] == [(), (trunk.run_id,)]
+    run([trunk], store=tmp_path, later=[later], backend="inline", progress=False)
+    left = prepare_sweep([later], tmp_path).segments
+    assert [(s.start, s.stop) for s in left] == [(11, 16)]

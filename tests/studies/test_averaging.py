@@ -179,7 +179,7 @@ def test_figures_and_words_come_from_the_measurements():
     measured = measured_of(world())
     findings = [f for f in study.judge(measured) if f.evidence == "live"]
     made = study.figures(measured, Board(verdicts(findings), tuple(study.controls(measured))))
-    assert {"bowls", "averages", "evaluation_curves", "differences", "verdicts"} == set(made)
+    assert {"averages", "evaluation_curves", "differences", "verdicts"} == set(made)
     text = study.interpretation(measured, findings)
     assert "swa over 25.0% of the run" in text and f"{measured.params:,}" in text
 

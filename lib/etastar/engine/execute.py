@@ -58,24 +58,25 @@ class Sweep:
         return digest(sorted({r.run_id for r in self.recipes}))
 
 
-def prepare_sweep(recipes, store="runs", device=None, observe=None, execution=None) -> Sweep:
+def prepare_sweep(recipes, store="runs", device=None, observe=None, execution=None, later=()) -> Sweep:
     """Resolve recipes for a device and compare them with a store; raises for whatever can be known to fail.
 
     Device None means what the recipes say. Execution None means the same; "auto" puts in the way of computing that is
-    fastest on this machine's CPU by measurement, for recipes that say nothing else.
+    fastest on this machine's CPU by measurement, for recipes that say nothing else. `later` are recipes to come.
     """
     if execution not in (None, "auto"):
         raise ValueError(f'execution must be None (as the recipes say) or "auto" (by measurement); got {execution!r}')
     if not recipes:
         raise ValueError("no recipes to run; a study's recipes(preset) or a list of etastar.Recipe is needed")
     observe = observe or Observe()
-    resolved = tuple(resolve(recipe, device) for recipe in recipes)
+    resolved = tuple(resolve(recipe, device) for recipe in [*recipes, *later])
     store, chosen = Store.at(store), {}
     store.check_corpora(resolved)
     for recipe in {stack_key(r) + str(r.horizon_tokens): r for r in resolved}.values():
         check_fits(prepare(recipe.corpus), recipe)
     if execution == "auto":
         resolved, chosen = tuned(resolved, cores(), store.held_execution())
+    resolved, later = tuple(resolved[: len(recipes)]), resolved[len(recipes) :]
     finished, metas = {}, {}
     by_id = {r.run_id: r for r in resolved}
     for run_id, recipe in by_id.items():
@@ -86,10 +87,10 @@ def prepare_sweep(recipes, store="runs", device=None, observe=None, execution=No
         metas.setdefault(trunk, store.stored_nodes(trunk, observe))
         return {name: meta["step"] for name, meta in metas[trunk].items()}
 
-    segments = build_segments([r for run_id, r in by_id.items() if run_id not in finished], stored)
+    segments = build_segments([r for run_id, r in by_id.items() if run_id not in finished], stored, later)
     diverged = frozenset((trunk, name) for trunk, found in metas.items() for name, meta in found.items()
                          if meta["diverged_at"] is not None)
-    return Sweep(tuple(resolved), finished, segments, diverged, store, observe, chosen)
+    return Sweep(resolved, finished, segments, diverged, store, observe, chosen)
 
 
 def resolve(recipe: Recipe, device: str | None) -> Recipe:
@@ -102,21 +103,22 @@ def resolve(recipe: Recipe, device: str | None) -> Recipe:
 
 
 def run(recipes, store="runs", backend="local", device=None, workers=None, observe=None, slots=None, progress=True,
-        snapshot_seconds=60.0, execution=None, beside=False) -> list[runs.Run]:
+        snapshot_seconds=60.0, execution=None, beside=False, later=()) -> list[runs.Run]:
     """Train what the store lacks of these recipes and return their runs in order.
 
     `backend` "local" uses `workers` one-thread processes (default: one a core; on a GPU one process with a stack),
-    "inline" this process. `slots` is the stack a worker trains in step (default 1 on a CPU). `observe` says what to look at
+    "inline" this process. `slots` is the stack a worker trains in step (default 1 on a CPU, 2 where steps are tiny). `observe` says what to look at
     on the way. `execution` "auto" computes recipes that leave it open in the way that is fastest here by measurement (parts of
     a batch, torch.compile); what was chosen first is held by the store, since it decides bits. Finished runs are not run
     again; an interrupted sweep goes on where it was. One sweep at a time trains in a store; `beside` trains next to it, from the
-    states it has stored by now and without touching it, and puts the runs into the store when they are finished.
+    states it has stored by now and without touching it, and puts the runs into the store when they are finished. `later` are recipes
+    that are not trained now: states are kept where they will leave these runs, so that they need not train so far again.
     Raises ValueError (StoreError, Damaged) before training for what can be known, WorkerFailed where a worker died.
     """
     if backend not in ("local", "inline"):
         raise ValueError(f'unknown backend {backend!r}; known: "local" (worker processes), "inline" (this process)')
     _check_layout(workers, slots)
-    plan = functools.partial(prepare_sweep, recipes, device=device, observe=observe, execution=execution)
+    plan = functools.partial(prepare_sweep, recipes, device=device, observe=observe, execution=execution, later=later)
     train = functools.partial(_train, backend=backend, workers=workers, slots=slots, progress=progress, snapshot_seconds=snapshot_seconds)
     sweep = (_run_beside if beside else _run_alone)(Store.at(store), plan, train)
     found = [sweep.finished.get(r.run_id) or runs.read_run(sweep.store, r, sweep.observe) for r in sweep.recipes]

@@ -8,6 +8,7 @@ first at which an array differs, whatever their schedules are called.
 import dataclasses
 import hashlib
 from collections import defaultdict
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -71,22 +72,23 @@ def prefix_hash(controls_Sx2: np.ndarray) -> "hashlib._Hash":
 _NOT_MOVED = -np.inf
 
 
-def build_segments(recipes: list[Recipe], stored=lambda trunk: {}) -> list[Segment]:
-    """Segments that have to be trained, parents before children.
+def build_segments(recipes: list[Recipe], stored=lambda trunk: {}, later: Sequence[Recipe] = ()) -> list[Segment]:
+    """Segments that have to be trained, parents before children, cut also where the recipes to come, `later`, will leave them.
 
     `stored(trunk)` maps node ids to steps of the states a store already has; a run starts from the deepest of them on
     its path. Every distinct (trunk, prefix) of the recipes that is not covered so is trained exactly once.
     """
     by_trunk: dict[str, dict[str, Recipe]] = defaultdict(dict)
-    for run_id, recipe in {recipe.run_id: recipe for recipe in recipes}.items():
+    wanted = {recipe.run_id: recipe for recipe in recipes}
+    for run_id, recipe in (wanted | {recipe.run_id: recipe for recipe in later}).items():
         by_trunk[recipe.trunk_id][run_id] = recipe
     segments = []
     for trunk, members in by_trunk.items():
-        segments += _pending(_trie(trunk, members, stored(trunk)), set(stored(trunk)))
+        segments += _pending(_trie(trunk, members, stored(trunk), set(wanted)), set(stored(trunk)))
     return segments
 
 
-def _trie(trunk: str, recipes: dict[str, Recipe], known: dict[str, int]) -> list[Segment]:
+def _trie(trunk: str, recipes: dict[str, Recipe], known: dict[str, int], wanted: set[str]) -> list[Segment]:
     """All segments of one trunk, parents first, cut where paths part, where runs end and at stored states."""
     arrays = {run_id: controls(recipe) for run_id, recipe in recipes.items()}
     cuts = sorted(set(known.values()))
@@ -95,7 +97,7 @@ def _trie(trunk: str, recipes: dict[str, Recipe], known: dict[str, int]) -> list
     while open_groups:
         members, start, parent, hasher = open_groups.pop()
         stop = _common_length([arrays[m] for m in members], start)
-        ends = tuple(m for m in members if len(arrays[m]) == stop)
+        ends = tuple(m for m in members if len(arrays[m]) == stop and m in wanted)
         follow = _split([m for m in members if len(arrays[m]) > stop], arrays, stop)
         recipe, moved = recipes[members[0]], arrays[members[0]]
         for cut in [c for c in cuts if start < c < stop] + [stop] * (stop > start):  # none where paths part at once

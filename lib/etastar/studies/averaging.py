@@ -29,8 +29,7 @@ from etastar.studies.measured import Contrast, Measurements, chosen_on_others, m
 
 STUDY = "03_averaging"
 achieved_power = common.achieved_power
-SLOPE_ARMS = ("linear 20 % at half", "linear 20 %")
-BOWL_ARMS = ("constant", "cos10", "linear 20 %", "swa")
+BOWL_ARMS = ("constant", "cos10", "linear 20 %", "swa")  # where there are runs at several rates
 COUNTS = (1, 2, 4, 8)  # windows that SWA and LAWA may span
 READ_OUTS = ("swa", "lawa", "ema")
 WORSE, BETTER = (0.9, 0.95), (0.95, 0.99)  # betas of 2405.18392 §4.2
@@ -61,7 +60,7 @@ def cooldown_cells(plan: CooldownDesign) -> list[Cell]:
     full, every, few = plan.horizon_tokens, tuple(plan.all_seeds), tuple(plan.seeds)
     return [Cell("cos10", (plan.cosine_rate,), full, every), Cell("linear 20 %", (plan.middle,), full, every),
             Cell("linear 20 %", (plan.middle,), full // 2, every),
-            *(Cell(arm, tuple(plan.grid), full, few) for arm in ("cos10", "linear 20 %"))]
+            *(Cell(arm, tuple(plan.grid), full, few) for arm in ("cos10", "linear 20 %") if plan.full)]
 
 
 def arm_of(recipe: Recipe) -> str:
@@ -88,7 +87,7 @@ def run(preset: str, store="runs", minutes: float | None = None, **options) -> l
     from etastar.engine.execute import run as train
 
     plan = design(preset, minutes)
-    made = cooldown.train_observed(plan, store, **options)
+    made = cooldown.train_observed(plan, cooldown.recipes(preset, minutes), store, **options)
     evaluated = [r for r in schedule_free_recipes(plan) if arm_of(r) in (named(*WORSE), named(*BETTER))]
     made += train(evaluated, store=store, observe=Observe(val_every_tokens=plan.evaluation_tokens), **options)
     made += train(schedule_free_recipes(plan), store=store, **options)
@@ -110,9 +109,11 @@ def measure(runs, read=read_averages) -> Measurements:
     frame = pd.concat([frame, _averaged_rows(averages, chosen)], ignore_index=True)
     horizon = int(frame[frame.arm == "constant"].horizon_tokens.max())
     first = next(r.recipe for r in runs if r.recipe.horizon_tokens == horizon)
-    bowls = {arm: (arm, horizon) for arm in BOWL_ARMS} | {SLOPE_ARMS[0]: ("linear 20 %", horizon // 2)}
+    several = frame[frame.horizon_tokens == horizon].groupby("arm").peak_lr.nunique()
+    bowls = {arm: (arm, horizon) for arm in BOWL_ARMS if several[arm] >= 3}
     curves = evaluation_curves(runs)
-    m = common.measure(frame, first, bowls, SLOPE_ARMS, lambda m: _averages(m, averages) | _schedule_free(m) | _curves(curves))
+    m = common.measure(frame, first, bowls, ("linear 20 %", horizon), lambda m: (
+        _averages(m, averages) | _schedule_free(m) | _curves(curves)))
     return dataclasses.replace(m, tables={"read_outs": averages, "chosen": chosen, "curves": curves})
 
 
@@ -234,7 +235,7 @@ def _command(preset: str) -> str:
 
 def controls(measured: Measurements) -> list[Control]:
     """A/A, known truth and planted truths, on these very runs; none where the runs are too small to count."""
-    return common.controls(measured, STUDY, "schedule_free_short_of_cooldown", "swa_short_of_cooldown")
+    return common.controls(measured, STUDY, "schedule_free_short_of_cooldown", "swa_short_of_cooldown", CONTRASTS["swa_short_of_cooldown"])
 
 
 # -- figures and words -------------------------------------------------------------------------------------------------
@@ -243,8 +244,9 @@ def controls(measured: Measurements) -> list[Control]:
 def figures(measured: Measurements, board: Board | None = None) -> dict:
     """Name → matplotlib Figure: bowls, averages by span, evaluation curves, differences by seed, and the verdicts where there are any."""
     m = measured
-    at, read = m.frame[(m.frame.horizon_tokens == m.horizon_tokens) & m.frame.arm.isin(BOWL_ARMS)], m.tables["read_outs"]
-    made = {"bowls": plots.lr_bowls(at, {a: b for a, b in m.bowls.items() if a in BOWL_ARMS})}
+    at, read, made = m.frame[m.frame.horizon_tokens == m.horizon_tokens], m.tables["read_outs"], {}
+    if bowls := [*m.bowls, *m.refused]:
+        made["bowls"] = plots.lr_bowls(at[at.arm.isin(bowls)], m.bowls)
     trunk = rate_of(m, "linear 20 % swa")
     here = read[(read.arm == "constant") & (read.peak_lr == trunk)].rename(columns={"val_loss_b": "loss"})
     rates = {"constant": trunk, "cos10": rate_of(m, "cos10 swa"), "linear 20 %": trunk}
@@ -259,7 +261,7 @@ def figures(measured: Measurements, board: Board | None = None) -> dict:
 
 def promised(folder) -> list:
     """Files the notebook leaves behind in its results folder."""
-    return [folder / f"{name}.{suffix}" for name in ("bowls", "averages", "evaluation_curves") for suffix in ("png", "svg")]
+    return [folder / f"{name}.{suffix}" for name in ("averages", "evaluation_curves", "differences") for suffix in ("png", "svg")]
 
 
 def interpretation(measured: Measurements, findings: list[Finding]) -> str:

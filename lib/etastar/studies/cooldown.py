@@ -30,7 +30,6 @@ from etastar.studies.measured import Contrast, Measurements, chosen_on_others, m
 
 STUDY = "02_cooldown"
 achieved_power = common.achieved_power
-SLOPE_ARMS = ("linear 20 % at half", "linear 20 %")
 SHAPES = {"linear": {}, "1-sqrt": {}, "cosine": {}, "mirror-cosine": {}, "square": {}, "exponential": {},
           "lowered-linear": {"shape_parameter": 0.7}, "1-x^0.3": {"shape": "1-x^p", "shape_parameter": 0.3}}
 LENGTHS = (2.5, 5, 10, 20, 40, 50, 60, 100)  # per cent of the steps
@@ -102,11 +101,13 @@ def cells(plan: CooldownDesign) -> list[Cell]:
     grid, middle = tuple(plan.grid), (plan.middle,)
     lines = [f"linear {length} %" for length in plan.tuned]
     made = [Cell("cos10", (plan.cosine_rate,), full, every), *(Cell(arm, middle, full, every) for arm in (*lines, "1-sqrt 20 %"))]
-    made += [Cell("linear 20 %", middle, half, every), Cell("cos10", grid, full, few), *(Cell(arm, grid, full, few) for arm in lines)]
+    made += [Cell("linear 20 %", middle, half, every), *(Cell(arm, grid, full, few) for arm in lines)]
+    if plan.cosine_bowl:
+        made += [Cell("cos10", grid, full, few)]
     made += [Cell("1-sqrt 20 %", (grid[0], grid[-1]), full, few)]
     made += [Cell(arm, middle, full, every) for arm in ("1-sqrt 10 %", "cosine 10 %", "linear 20 % to 10 %", f"linear 20 %{RAISED}")]
     arms = [f"{shape} 20 %" for shape in ("cosine", "mirror-cosine", "square", "lowered-linear", "exponential")]
-    arms += ["exponential 2.5 %", "exponential 10 %", "linear 5 %", "linear 50 %", "1-sqrt 50 %", "cosine 50 %"]
+    arms += ["exponential 2.5 %", "exponential 10 %", "linear 5 %", "1-sqrt 50 %", "cosine 50 %"]
     made += [Cell(arm, middle, full, some) for arm in arms]
     made += [Cell("linear 5 %", middle, half, some), Cell("constant", middle, _before(full, plan.batch_tokens), some)]
     made += [Cell(arm, middle, longer, some) for arm in ("linear 20 %", "wsd-s")]
@@ -126,10 +127,14 @@ def _before(horizon_tokens: int, batch_tokens: int) -> int:
 
 
 def observed_cells(plan: CooldownDesign) -> list[Cell]:
-    """The runs whose averages study 03 reads out: trunks to their end, cosine and the cooled-down at their chosen rates."""
+    """The runs whose averages study 03 reads out: trunks to their end, cosine and the cooled-down at their chosen rates.
+
+    With the full factorial the trunks of the other rates too, for a bowl of the averages.
+    """
     full, some = plan.horizon_tokens, tuple(plan.some_seeds)
-    return [Cell("constant", (plan.middle,), full, tuple(plan.all_seeds)), Cell("constant", tuple(plan.grid), full, tuple(plan.seeds)),
-            Cell("cos10", (plan.cosine_rate,), full, some), Cell("linear 20 %", (plan.middle,), full, some)]
+    made = [Cell("constant", (plan.middle,), full, tuple(plan.all_seeds)), Cell("cos10", (plan.cosine_rate,), full, some),
+            Cell("linear 20 %", (plan.middle,), full, some)]
+    return [*made, Cell("constant", tuple(plan.grid), full, tuple(plan.seeds))] if plan.full else made
 
 
 def recipes_of(plan: CooldownDesign, wanted: list[Cell]) -> list[Recipe]:
@@ -137,8 +142,8 @@ def recipes_of(plan: CooldownDesign, wanted: list[Cell]) -> list[Recipe]:
     return list(dict.fromkeys(arm_recipe(plan, c.arm, lr, c.horizon_tokens, seed) for c in wanted for lr in c.rates for seed in c.seeds))
 
 
-def train_observed(plan: CooldownDesign, store="runs", **options) -> list:
-    """These runs with windows of their averages and EMAs; trunks at the middle rate are evaluated on the way too."""
+def train_observed(plan: CooldownDesign, later=(), store="runs", **options) -> list:
+    """These runs with windows of their averages and EMAs; some trunks are evaluated on the way too. `later` will leave them."""
     from etastar.engine.execute import run
 
     averages = Observe(average_every_tokens=plan.window_tokens,
@@ -147,7 +152,8 @@ def train_observed(plan: CooldownDesign, store="runs", **options) -> list:
     wanted = recipes_of(plan, observed_cells(plan))
     curves = [r for r in wanted if arm_of(r) == "constant" and r.peak_lr == plan.middle and r.seed in plan.some_seeds]
     others = [r for r in wanted if r not in curves]
-    return run(curves, store=store, observe=evaluated, **options) + run(others, store=store, observe=averages, **options)
+    options |= {"store": store, "later": [*wanted, *later]}
+    return run(curves, observe=evaluated, **options) + run(others, observe=averages, **options)
 
 
 def recipes(preset: str, minutes: float | None = None) -> list[Recipe]:
@@ -158,9 +164,9 @@ def recipes(preset: str, minutes: float | None = None) -> list[Recipe]:
 
 def run(preset: str, store="runs", minutes: float | None = None, **options) -> list:
     """Train what a preset lacks, the trunks first; a tuned arm that is best at the edge of its grid is extended, twice at most."""
-    plan = design(preset, minutes)
-    train_observed(plan, store, **options)
-    return common.train(recipes(preset, minutes), arm_of, _bowl_arms(plan.tuned), store, **options)
+    plan, wanted = design(preset, minutes), recipes(preset, minutes)
+    train_observed(plan, wanted, store, **options)
+    return common.train(wanted, arm_of, _bowl_arms(plan.tuned), store, **options)
 
 
 # -- measurements ------------------------------------------------------------------------------------------------------
@@ -173,11 +179,12 @@ def measure(runs, between=loss_between) -> Measurements:
     first = next(r.recipe for r in runs if r.recipe.horizon_tokens == horizon)
     tuned = [arm for arm, rows in frame[frame.horizon_tokens == horizon].groupby("arm", sort=False)
              if rows.peak_lr.nunique() >= 3 and (arm == "cos10" or re.fullmatch(r"linear [\d.]+ %", arm))]
-    bowls = {arm: (arm, horizon) for arm in tuned} | {SLOPE_ARMS[0]: ("linear 20 %", horizon // 2)}
+    bowls = {arm: (arm, horizon) for arm in tuned}
     if (longest := int(frame[frame.arm == "cos10"].horizon_tokens.max())) > horizon:
         bowls |= {f"{arm} long": (arm, longest) for arm in ("cos10", "1-sqrt 5 %")}
     line = line_losses(runs, horizon, between)
-    m = common.measure(frame, first, bowls, SLOPE_ARMS, lambda m: _contrasts(m) | _branch_contrasts(m) | _continued(m) | _rise(line))
+    m = common.measure(frame, first, bowls, ("linear 20 %", horizon), lambda m: (
+        _contrasts(m) | _branch_contrasts(m) | _continued(m) | _rise(line)))
     return dataclasses.replace(m, tables={"line": line})
 
 
@@ -284,7 +291,7 @@ def _command(preset: str) -> str:
 
 def controls(measured: Measurements) -> list[Control]:
     """A/A, known truth and planted truths, on these very runs; none where the runs are too small to count."""
-    return common.controls(measured, STUDY, "plateau_after_20", "cooldown_20_passes_cos10")
+    return common.controls(measured, STUDY, "plateau_after_20", "cooldown_20_passes_cos10", CONTRASTS["cooldown_20_passes_cos10"])
 
 
 # -- figures and words -------------------------------------------------------------------------------------------------

@@ -26,7 +26,6 @@ from etastar.studies.measured import Contrast, Measurements
 STUDY = "01_cosine_vs_wsd"
 achieved_power = common.achieved_power
 BOWL_ARMS = ("cos10", "cos0", "wsd20")
-SLOPE_ARMS = ("wsd20 at half", "wsd20")
 CYCLES = {  # cosine cycle length as a multiple of the run, and what follows a cycle that ends early
     "cycle_0.50_hold": (0.5, "hold"), "cycle_0.50_loop": (0.5, "loop"),
     "cycle_0.75_hold": (0.75, "hold"), "cycle_0.75_loop": (0.75, "loop"),
@@ -85,8 +84,8 @@ def measure(runs) -> Measurements:
     frame = common.losses(runs, arm_of)
     horizon = int(frame[frame.arm == "cos0"].horizon_tokens.max())
     first = next(r.recipe for r in runs if r.recipe.horizon_tokens == horizon)
-    bowls = {arm: (arm, horizon) for arm in BOWL_ARMS} | {SLOPE_ARMS[0]: ("wsd20", horizon // 2)}
-    return common.measure(frame, first, bowls, SLOPE_ARMS, lambda m: _contrasts(m) | _branch_contrasts(m))
+    bowls = {arm: (arm, horizon) for arm in BOWL_ARMS} | {"wsd20 at half": ("wsd20", horizon // 2)}
+    return common.measure(frame, first, bowls, ("wsd20", horizon), lambda m: _contrasts(m) | _branch_contrasts(m))
 
 
 def _contrasts(m: Measurements) -> dict[str, Contrast]:
@@ -145,7 +144,7 @@ def _command(preset: str) -> str:
 
 def controls(measured: Measurements) -> list[Control]:
     """A/A, known truth and planted truths, on these very runs; none where the runs are too small to count."""
-    return common.controls(measured, STUDY, "wsd20_matches_cos10", "cos0_beats_cos10")
+    return common.controls(measured, STUDY, "wsd20_matches_cos10", "cos0_beats_cos10", CONTRASTS["cos0_beats_cos10"])
 
 
 # -- figures -----------------------------------------------------------------------------------------------------------

@@ -139,7 +139,8 @@ class CooldownDesign(Design):
     the pilot chose. `branch_sd_nats` is the deviation of a difference between branches of one trunk.
 
     Bowls take many rates and few seeds, differences one rate and many seeds: `more_seeds` are trained at the rates alone that pilot
-    seeds found best, the middle one of the grid for cooldowns and `cosine_offset` octaves from it for cosine.
+    seeds found best, the middle one of the grid for cooldowns and `cosine_offset` octaves from it for cosine, which has a bowl only
+    with `cosine_bowl`.
     """
 
     first_seed: int = COOLDOWN_SEED
@@ -148,6 +149,7 @@ class CooldownDesign(Design):
     branch_sd_nats: float = 0.005
     more_seeds: int = 0
     cosine_offset: float = 0.0
+    cosine_bowl: bool = True
     tuned: tuple[int, ...] = (10, 20, 40)
     full: bool = False
     long_horizons: int = 0
@@ -235,7 +237,7 @@ COOLDOWN = {
     ),
     "cpu": CooldownDesign(
         model=TINY, corpus=PYTHON, batch_tokens=768, horizon_steps=512, warmup_steps=12, seed_count=3, more_seeds=5,
-        centre=-7.0, cosine_offset=0.75, offsets=STEPS_OF_GRID, schedule_free=SCHEDULE_FREE, minutes=4.0,
+        centre=-7.0, cosine_offset=0.75, cosine_bowl=False, offsets=STEPS_OF_GRID, schedule_free=SCHEDULE_FREE, minutes=4.0,
     ),
     "night": CooldownDesign(
         model=TINY, corpus=PYTHON, batch_tokens=768, horizon_steps=2048, warmup_steps=48, seed_count=4, centre=-7.5,

@@ -123,11 +123,12 @@ def train(recipes: list[Recipe], arm_of, bowl_arms, store="runs", **options) -> 
     return runs
 
 
-def measure(frame: pd.DataFrame, first: Recipe, bowl_arms: Mapping[str, tuple[str, int]], slope_arms: tuple[str, str],
+def measure(frame: pd.DataFrame, first: Recipe, bowl_arms: Mapping[str, tuple[str, int]], slope_arm: tuple[str, int],
             contrasts) -> Measurements:
-    """Bowls of `bowl_arms` (name → arm and horizon), the slope between the two of `slope_arms` (half a horizon, the whole), and contrasts.
+    """Bowls of `bowl_arms` (name → arm and horizon), the slope of `slope_arm` between half its horizon and the whole, and contrasts.
 
-    `first` is a run of the study's horizon. `contrasts` is a function from the Measurements so far to {name: Contrast}.
+    `first` is a run of the study's horizon. `contrasts` is a function from the Measurements so far to {name: Contrast}. The bowl at half
+    the horizon, where there is one, is named as the arm with " at half".
     """
     params = count_parameters(first.model, first.corpus.vocab)["total"]
     bowls, refused, tuned = {}, {}, {}
@@ -140,7 +141,8 @@ def measure(frame: pd.DataFrame, first: Recipe, bowl_arms: Mapping[str, tuple[st
             refused[name] = str(error)
     so_far = Measurements(frame, first.horizon_tokens, params, first.total_steps, bowls, refused, tuned,
                           pd.DataFrame(columns=["half", "whole"]), {}, {})
-    pair = {name: so_far.judged(*bowl_arms[bowl], bowl) for name, bowl in zip(("half", "whole"), slope_arms, strict=True)}
+    arm, whole = slope_arm
+    pair = {"half": so_far.judged(arm, whole // 2, f"{arm} at half"), "whole": so_far.judged(arm, whole)}
     so_far = dataclasses.replace(so_far, halving=pd.concat(pair, axis=1, join="inner"))
     found = contrasts(so_far)
     return dataclasses.replace(so_far, contrasts=found, pooled=pool_families(found))
@@ -238,8 +240,11 @@ def _judge_one(claim, name: str, m: Measurements, too_small: str, elsewhere: str
     return judge_claim(claim, estimate, evidence="live", scale=scale, matching=False)
 
 
-def controls(m: Measurements, study: str, margin_claim: str, planted_claim: str) -> list[Control]:
-    """A/A, known truth and planted truths, on these very runs; none where the runs are too small to count."""
+def controls(m: Measurements, study: str, margin_claim: str, planted_claim: str, contrast: str) -> list[Control]:
+    """A/A, known truth and planted truths, on these very runs; none where the runs are too small to count.
+
+    Truths are planted for `planted_claim` at the noise of its `contrast`, pooled where its family is.
+    """
     if not m.counts:
         return []
     at = m.frame[m.frame.horizon_tokens == m.horizon_tokens]
@@ -249,11 +254,12 @@ def controls(m: Measurements, study: str, margin_claim: str, planted_claim: str)
         made.append(truth_control(m.halving["half"], m.halving["whole"], claims[margin_claim].margin * abs(float(m.slope.mean()))))
     else:
         made.append(not_run(TRUTH, "no arm was judged at half the horizon and at the whole"))
-    pooled = m.pooled.get("tuned")
-    if pooled is not None and pooled.sd:
-        made.append(planted_control(claims[planted_claim], pooled.sd, m.frame.seed.nunique(), seed=0))
+    if contrast not in m.contrasts:
+        made.append(not_run(PLANTED, f"no run speaks of {contrast}"))
     else:
-        made.append(not_run(PLANTED, pooled.reason if pooled else "no contrast between tuned arms"))
+        pooled = m.pooled[m.contrasts[contrast].family]
+        sd = pooled.sd or float(np.std(m.contrasts[contrast].per_seed, ddof=1))
+        made.append(planted_control(claims[planted_claim], sd, len(m.contrasts[contrast].per_seed), seed=0))
     return made
 
 
