@@ -29,6 +29,8 @@ def fingerprint(corpus) -> str:
     exported = os.environ.get(TOKENS_FILE)
     if exported and (told := exported_header(exported)).get("corpus") == describe(corpus):
         return told["fingerprint"]
+    if corpus.source == "python":  # asked for with every id, and what is installed does not change under a process
+        return _python_fingerprint(json.dumps(describe(corpus)))
     return _of(describe(corpus), _content(corpus))
 
 
@@ -84,14 +86,17 @@ def hub_source(source: str) -> tuple[str, str]:
 
 def _content(corpus) -> list:
     kind = corpus.source.split(":")[0]
-    if kind == "python":
-        return _python_content()
     if kind == "files":
         return [[path.name, _file_hash(str(path), path.stat().st_size, path.stat().st_mtime_ns)]
                 for path in matching_files(corpus.source.removeprefix("files:"))]
     if kind == "hf":
         return list(hub_source(corpus.source))
     return []
+
+
+@functools.cache
+def _python_fingerprint(described: str) -> str:
+    return _of(json.loads(described), _python_content())
 
 
 @functools.cache
