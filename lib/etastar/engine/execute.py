@@ -107,12 +107,12 @@ def run(recipes, store="runs", backend="local", device=None, workers=None, obser
     """Train what the store lacks of these recipes and return their runs in order.
 
     `backend` "local" uses `workers` one-thread processes (default: one a core; on a GPU one process with a stack),
-    "inline" this process. `slots` is the stack a worker trains in step (default 1 on a CPU, 2 where steps are tiny). `observe` says what to look at
-    on the way. `execution` "auto" computes recipes that leave it open in the way that is fastest here by measurement (parts of
-    a batch, torch.compile); what was chosen first is held by the store, since it decides bits. Finished runs are not run
-    again; an interrupted sweep goes on where it was. One sweep at a time trains in a store; `beside` trains next to it, from the
-    states it has stored by now and without touching it, and puts the runs into the store when they are finished. `later` are recipes
-    that are not trained now: states are kept where they will leave these runs, so that they need not train so far again.
+    "inline" this process. `slots` is the stack a worker trains in step (default 1 on a CPU, 2 where steps are tiny). `observe`
+    says what to look at on the way. `execution` "auto" computes recipes that leave it open in the way that is fastest here by
+    measurement (parts of a batch, torch.compile); what was chosen first is held by the store, since it decides bits. Finished runs
+    are not run again; an interrupted sweep goes on where it was. One sweep at a time trains in a store; `beside` trains next to it,
+    from the states it has stored by now and without touching it, and puts the runs into the store when they are finished. `later`
+    are recipes that are not trained now: states are kept where they will leave these runs, so that they need not train so far again.
     Raises ValueError (StoreError, Damaged) before training for what can be known, WorkerFailed where a worker died.
     """
     if backend not in ("local", "inline"):

@@ -210,15 +210,15 @@ def law_predictions(frame: pd.DataFrame) -> Figure:
 
 
 def _rate(rate: float) -> str:
-    octaves = math.log2(rate)
-    return f"$2^{{{round(octaves)}}}$" if abs(octaves - round(octaves)) < 1e-6 else f"{rate:.3g}"
+    quarters = 4 * math.log2(rate)
+    return f"$2^{{{round(quarters) / 4:g}}}$" if abs(quarters - round(quarters)) < 1e-6 else f"{rate:.3g}"
 
 
 def _share_axis(ax, shares) -> None:
-    """A log axis with ticks at the shares themselves, in per cent; a tick nearer than a quarter octave to the last is left out."""
-    ticks = []
+    """A log axis with ticks at the shares themselves, in per cent; one nearer to the last than a twelfth of the axis is left out."""
+    ticks, apart = [], (max(shares) / min(shares)) ** (1 / 12)
     for share in sorted(set(shares)):
-        if not ticks or share > ticks[-1] * 2**0.25:
+        if not ticks or share >= ticks[-1] * apart:
             ticks.append(share)
     ax.set_xscale("log")
     ax.xaxis.set_major_locator(FixedLocator(ticks))
