@@ -13,6 +13,7 @@ from etastar.analysis.board import Board, verdicts
 from etastar.analysis.claims import load_claims
 from etastar.studies import cooldown as study
 from etastar.studies.designs import COOLDOWN, COOLDOWN_SEED
+from etastar.studies.measured import beyond_edges, losses
 
 PLAN = COOLDOWN["cpu"]
 BEST = {"cos10": -6.4, "linear 10 %": -7.0, "linear 20 %": -7.0, "linear 40 %": -7.0}
@@ -138,6 +139,19 @@ def test_how_far_to_rewarm_is_chosen_on_other_seeds():
     name = "continued trunk − re-warmed cosine"
     assert after.contrasts[name].per_seed[0] == before.contrasts[name].per_seed[0]
     assert (after.contrasts[name].per_seed[1:] < before.contrasts[name].per_seed[1:]).all()
+
+
+def test_an_edge_is_looked_for_among_the_seeds_of_the_bowl():
+    def more(runs):
+        return beyond_edges(runs, losses(runs, study.arm_of), ("linear 20 %",))
+
+    runs = world({"linear 20 %": lambda octaves: -0.1 * octaves})  # falls to the right: the upper edge is best
+    made = more(runs)
+    assert {r.seed for r in made} == set(PLAN.seeds) and all(r.peak_lr == pytest.approx(PLAN.grid[-1] * 2**0.75) for r in made)
+    for r in runs:
+        if r.recipe.seed not in PLAN.seeds:
+            r.val_loss -= 5.0  # seeds at the middle rate alone, however lucky, do not make it the best
+    assert more(runs) == made
 
 
 def test_a_barrier_between_the_weights_is_seen():

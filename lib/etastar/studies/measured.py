@@ -169,6 +169,7 @@ def beyond_edges(runs, frame: pd.DataFrame, bowl_arms) -> list[Recipe]:
     """Recipes one grid step beyond the edge, for every arm and horizon whose mean bowl has its best rate there."""
     more, by_id = [], {r.recipe.run_id: r.recipe for r in runs}
     for _, rows in frame[frame.arm.isin(list(bowl_arms))].groupby(["arm", "horizon_tokens"]):
+        rows = _with_bowl(rows)
         mean = rows.groupby("peak_lr").loss.mean()  # NaN where a seed diverged: no extension beyond that
         if len(mean) < 3 or mean.isna().all() or mean.idxmin() not in (mean.index[0], mean.index[-1]):
             continue
