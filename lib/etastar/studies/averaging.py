@@ -249,6 +249,7 @@ def figures(measured: Measurements, board: Board | None = None) -> dict:
         made["bowls"] = plots.lr_bowls(at[at.arm.isin(bowls)], m.bowls)
     trunk = rate_of(m, "linear 20 % swa")
     here = read[(read.arm == "constant") & (read.peak_lr == trunk)].rename(columns={"val_loss_b": "loss"})
+    here = here[~((here.read_out == "lawa") & (here.windows == 1)).fillna(False)]  # one checkpoint is no average
     rates = {"constant": trunk, "cos10": rate_of(m, "cos10 swa"), "linear 20 %": trunk}
     references = {arm: float(m.at(arm, lr).mean()) for arm, lr in rates.items()}
     made["averages"] = plots.averaging_spans(here, references)

@@ -302,7 +302,7 @@ def figures(measured: Measurements, board: Board | None = None) -> dict:
     at = measured.frame[measured.frame.horizon_tokens == measured.horizon_tokens]
     tuned = [arm for arm in (*measured.bowls, *measured.refused) if arm in set(at.arm)]
     made = {"bowls": plots.lr_bowls(at[at.arm.isin(tuned)], {a: b for a, b in measured.bowls.items() if a in tuned}),
-            "length_by_rate": plots.length_lines(lengths(measured), "loss less that of a 20 % cooldown at equal rate (nats per token)"),
+            "length_by_rate": plots.length_lines(lengths(measured), "loss less that of 20 %, same rate (nats per token)"),
             "shapes": plots.paired_differences(common.difference_rows(measured, ("branches",)))}
     if len(measured.tables["line"]):
         made["line_between_weights"] = plots.loss_on_line(measured.tables["line"])
