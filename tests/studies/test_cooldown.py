@@ -14,6 +14,7 @@ from etastar.analysis.claims import load_claims
 from etastar.studies import cooldown as study
 from etastar.studies.designs import COOLDOWN, COOLDOWN_SEED
 from etastar.studies.measured import beyond_edges, losses
+from etastar.studies.results import design_table
 
 PLAN = COOLDOWN["cpu"]
 BEST = {"cos10": -6.4, "linear 10 %": -7.0, "linear 20 %": -7.0, "linear 40 %": -7.0}
@@ -183,6 +184,12 @@ def test_figures_and_words_come_from_the_measurements():
     assert f"{measured.bowls['linear 20 %'].best_loss:.4f}" in text and f"{measured.params:,}" in text
     table = study.lengths(measured)
     assert set(table.fraction) == {0.05, 0.1, 0.2, 0.4} and (table[table.fraction == 0.2].difference == 0).all()
+
+
+def test_the_design_told_by_arm():
+    table = design_table(study.recipes("cpu"), study.arm_of).set_index(["arm", "horizon_tokens"])
+    assert table.loc["linear 20 %", PLAN.horizon_tokens].tolist() == [512, 20, 5, 8]  # steps, runs, rates, seeds
+    assert table.runs.sum() == len(study.recipes("cpu")) and not table.index.duplicated().any()
 
 
 def test_every_claim_has_its_contrast():

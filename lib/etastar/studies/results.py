@@ -27,12 +27,11 @@ def claims_table(study: str) -> pd.DataFrame:
     } for c in load_claims(study).values()])
 
 
-def design_table(recipes) -> pd.DataFrame:
-    """One row a schedule and horizon: how many runs, rates and seeds."""
-    rows = pd.DataFrame([{"schedule": type(r.schedule).__name__, "horizon_tokens": r.horizon_tokens, "steps": r.total_steps,
-                          "details": ", ".join(f"{k}={v}" for k, v in vars(r.schedule).items() if v is not None),
-                          "peak_lr": r.peak_lr, "seed": r.seed} for r in recipes])
-    return rows.groupby(["schedule", "details", "horizon_tokens", "steps"], sort=False).agg(
+def design_table(recipes, arm_of) -> pd.DataFrame:
+    """One row an arm (as `arm_of` names a recipe's) and horizon: how many runs, rates and seeds."""
+    rows = pd.DataFrame([{"arm": arm_of(r), "horizon_tokens": r.horizon_tokens, "steps": r.total_steps, "peak_lr": r.peak_lr,
+                          "seed": r.seed} for r in recipes])
+    return rows.groupby(["arm", "horizon_tokens", "steps"], sort=False).agg(
         runs=("seed", "size"), rates=("peak_lr", "nunique"), seeds=("seed", "nunique")).reset_index()
 
 
