@@ -2,6 +2,7 @@
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pandas as pd
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 import etastar as es
 from etastar.engine import store as stores
-from etastar.engine.checkpoint import Damaged
+from etastar.engine.checkpoint import Damaged, write_whole
 from etastar.engine.run import find_run
 from etastar.engine.store import Store, StoreError
 from tiny import BATCH, recipe, wsd
@@ -132,6 +133,17 @@ def test_a_store_that_cannot_be_made_is_told_before_training(tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(StoreError, match="cannot write to the store"):
         es.run([recipe(4)], store=tmp_path / "file" / "runs", **FAST)
+
+
+def test_threads_of_one_process_prepare_a_store_and_write_a_file_at_once(tmp_path):
+    def use(number):
+        for _ in range(50):
+            Store(tmp_path / "store").prepare()
+            write_whole(tmp_path / "file", bytes([number]) * 100)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(use, range(8)))  # raises what a thread raised
+    assert os.listdir(tmp_path / "store") == [".nodes"] and (tmp_path / "file").stat().st_size == 100
 
 
 def test_a_store_in_use_is_told(tmp_path):

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from worlds import FakeRun
+from worlds import FakeRun, live
 
 import etastar as es
 from etastar.analysis.board import Board, verdicts
@@ -85,10 +85,6 @@ def measured_of(runs):
     return study.measure(runs, read=read)
 
 
-def live(measured):
-    return verdicts([f for f in study.judge(measured) if f.evidence == "live"]).set_index("claim")
-
-
 def test_a_known_world_is_read_back():
     measured = measured_of(world())
     chosen = measured.tables["chosen"].query("arm == 'constant'")
@@ -105,7 +101,7 @@ def test_a_known_world_is_read_back():
     assert c["schedule-free: warm-up − none"] == pytest.approx(-0.03, abs=0.003)
     assert c["schedule-free: β1 0.95 − 0.9"] == pytest.approx(-0.025, abs=0.003)
     assert c["schedule-free: β2 0.99 − 0.95"] == pytest.approx(-0.025, abs=0.003)
-    told = live(measured).verdict
+    told = live(study, measured).verdict
     for claim in ("swa_short_of_cooldown", "swa_short_of_cos10", "schedule_free_short_of_cooldown", "cosine_averaged_gains",
                   "averaging_after_cooldown_hurts", "ema_worse_than_swa", "schedule_free_betas_matter", "schedule_free_wants_warmup",
                   "schedule_free_is_steadier"):
@@ -171,7 +167,7 @@ def test_every_preset_has_what_its_claims_need(preset):
 
 def test_runs_too_small_to_count_are_not_judged():
     measured = dataclasses.replace(measured_of(world()), steps=64)
-    assert set(live(measured).verdict) == {"untested"} and study.controls(measured) == []
+    assert set(live(study, measured).verdict) == {"untested"} and study.controls(measured) == []
     assert "machinery" in study.interpretation(measured, [])
 
 

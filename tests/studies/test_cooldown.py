@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from worlds import FakeRun
+from worlds import FakeRun, live
 
 import etastar as es
 from etastar.analysis.board import Board, verdicts
@@ -39,11 +39,6 @@ def falling(before, after, shares):
 
 def measured_of(runs, between=falling):
     return study.measure(runs, between=between)
-
-
-def live(measured):
-    table = verdicts([f for f in study.judge(measured) if f.evidence == "live"])
-    return table.set_index("claim")
 
 
 @pytest.mark.parametrize("preset", COOLDOWN)
@@ -113,7 +108,7 @@ def test_a_known_world_is_read_back():
     assert c["1-sqrt 20 % − other shapes"] == pytest.approx(-0.04, abs=0.003)
     assert c["continued trunk − re-warmed cosine"] == pytest.approx(-0.05 - 0.03 * 0.75**2, abs=0.003)  # re-warmed at cosine's own rate
     assert c["rise between the weights"] == 0
-    told = live(measured).verdict
+    told = live(study, measured).verdict
     for claim in ("cooldown_20_passes_cos10", "plateau_after_20", "sqrt_beats_linear", "cooldown_10_no_worse", "sqrt_gain_grows_with_lr",
                   "short_cooldown_gains_with_horizon", "sqrt_below_other_shapes", "minicpm_2.5_falls_short", "beta2_raised_helps",
                   "cosine_shape_beats_sqrt_50", "between_falls_smoothly", "wsd_beats_rewarmed_cosine", "wsds_no_worse_than_wsd",
@@ -125,7 +120,7 @@ def test_a_known_world_is_read_back():
 
 def test_the_other_way_round_is_said_so():
     turned = {"linear 20 %": 0.05, "linear 40 %": 0.0, "1-sqrt 20 %": 0.09, "lowered-linear 20 %": 0.1}
-    told = live(measured_of(world(turned, best={"linear 40 %": -6.0}))).verdict
+    told = live(study, measured_of(world(turned, best={"linear 40 %": -6.0}))).verdict
     for claim in ("cooldown_20_passes_cos10", "plateau_after_20", "sqrt_beats_linear", "lowered_linear_beats_linear",
                   "lr_transfers_over_lengths"):
         assert told[claim] == "differs at this scale", claim
@@ -161,17 +156,17 @@ def test_a_barrier_between_the_weights_is_seen():
 
     measured = measured_of(world(EFFECT), barrier)
     assert measured.contrasts["rise between the weights"].per_seed == pytest.approx(0.175, abs=1e-6)
-    assert live(measured).verdict["between_falls_smoothly"] == "differs at this scale"
+    assert live(study, measured).verdict["between_falls_smoothly"] == "differs at this scale"
 
 
 def test_a_diverged_run_is_not_dropped_silently():
-    table = live(measured_of(world(EFFECT, diverged=("cosine 50 %",))))
+    table = live(study, measured_of(world(EFFECT, diverged=("cosine 50 %",))))
     assert table.verdict["cosine_shape_beats_sqrt_50"] == "untested" and "diverged" in table.reason["cosine_shape_beats_sqrt_50"]
 
 
 def test_runs_too_small_to_count_are_not_judged():
     measured = dataclasses.replace(measured_of(world(EFFECT)), steps=64)
-    assert set(live(measured).verdict) == {"untested"} and study.controls(measured) == []
+    assert set(live(study, measured).verdict) == {"untested"} and study.controls(measured) == []
     assert "machinery" in study.interpretation(measured, [])
 
 

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from worlds import FakeRun
+from worlds import FakeRun, live
 
 import etastar as es
 from etastar.analysis.board import Board, verdicts
@@ -36,11 +36,7 @@ EFFECT = {"cos0": -0.03, "wsd20": 0.0, "cycle_1.25": 0.03, "cycle_2.00": 0.1, "c
 
 
 def verdict_of(measured):
-    return live(measured).verdict
-
-
-def live(measured):
-    return verdicts([f for f in study.judge(measured) if f.evidence == "live"]).set_index("claim")
+    return live(study, measured).verdict
 
 
 def test_a_known_world_is_read_back():
@@ -72,7 +68,7 @@ def test_changing_one_run_moves_every_number_that_stands_on_it():
     assert after.bowls["cos0"].best_loss != before.bowls["cos0"].best_loss
     assert (after.contrasts["cos0 − cos10"].per_seed != before.contrasts["cos0 − cos10"].per_seed).any()
     assert after.bowls["cos10"] == before.bowls["cos10"]
-    one, other = (live(m).estimate for m in (before, after))
+    one, other = (live(study, m).estimate for m in (before, after))
     assert one["cos0_beats_cos10"] != other["cos0_beats_cos10"] and one["wsd_lr_half_of_cos10"] == other["wsd_lr_half_of_cos10"]
 
 
@@ -85,12 +81,12 @@ def test_an_optimum_at_the_edge_is_extended_and_not_judged():
     assert all(r.peak_lr == pytest.approx(top * 2**0.75) for r in more)
     measured = study.measure(shifted)
     assert "cos10" in measured.refused and "cos10" not in measured.bowls
-    told = live(measured)
+    told = live(study, measured)
     assert told.loc["cos0_beats_cos10", "verdict"] == "untested" and "edge" in told.loc["cos0_beats_cos10", "reason"]
 
 
 def test_a_diverged_cycle_is_not_dropped_silently():
-    told = live(study.measure(world(EFFECT, diverged={("cycle_2.00", PLAN.centre)})))
+    told = live(study, study.measure(world(EFFECT, diverged={("cycle_2.00", PLAN.centre)})))
     assert told.loc["cycle_2.00_worse", "verdict"] == "untested" and "diverged" in told.loc["cycle_2.00_worse", "reason"]
 
 

@@ -1,9 +1,10 @@
-"""Made-up runs of studies: recipes with losses from a known world."""
+"""Made-up runs of studies: recipes with losses from a known world, and the verdicts on them."""
 
 import dataclasses
 import math
 
 import etastar as es
+from etastar.analysis.board import verdicts
 
 
 @dataclasses.dataclass
@@ -18,3 +19,8 @@ class FakeRun:
     @property
     def run_id(self):
         return self.recipe.run_id
+
+
+def live(study, measured):
+    """The board of a study's live findings, by claim."""
+    return verdicts([f for f in study.judge(measured) if f.evidence == "live"]).set_index("claim")

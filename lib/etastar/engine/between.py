@@ -6,9 +6,6 @@ import pandas as pd
 import torch
 
 from etastar.engine.run import Run
-from etastar.engine.slots import validate
-from etastar.model.parametrization import scalars
-from etastar.text.corpora import prepare
 
 
 @torch.no_grad()
@@ -24,8 +21,7 @@ def loss_between(before: Run, after: Run, shares: Sequence[float] = (-0.25, 0.0,
             raise ValueError(f"runs {before.run_id} and {after.run_id} are not of one {name}: {given[0]} and {given[1]}; "
                              "no line leads from one's weights to the other's")
     start, end = (run.model().parameters_by_name() for run in (before, after))
-    by = before.recipe.model, scalars(before.recipe.parametrization, before.recipe.model), prepare(before.recipe.corpus)
     ends = {0.0: before.val_loss, 1.0: after.val_loss}  # the same bits as validated again
-    losses = [ends[share] if share in ends else validate({name: start[name].lerp(end[name], share) for name in start}, *by)[0]
+    losses = [ends[share] if share in ends else before.validate({name: start[name].lerp(end[name], share) for name in start})[0]
               for share in shares]
     return pd.DataFrame({"share": [float(share) for share in shares], "val_loss": losses})

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import threading
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ class Damaged(ValueError):
 
 def write_whole(path: Path, data: bytes) -> dict:
     """Write bytes through a temporary, flush them to the disk and rename; returns {"bytes", "sha256"}."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = path.with_name(f".{path.name}.{threading.get_native_id()}")
     with open(partial, "wb") as file:
         file.write(data)
         file.flush()

@@ -41,10 +41,10 @@ def read_averages(runs: Sequence, windows: Sequence[int] | None = None, workers:
 
     Raises RuntimeError with the last words of a process that failed.
     """
-    lacking = [run for run in runs if run.lacks_averages(windows)]
+    lacking = [(run, lost) for run in runs if (lost := run.lacks_averages(windows))]
     workers = min(workers or cores(), len(lacking))
-    if workers > 1 and sum(run.lacks_averages(windows) for run in lacking) > FEW:
-        _side_by_side(lacking, windows, workers)
+    if workers > 1 and sum(lost for _, lost in lacking) > FEW:
+        _side_by_side([run for run, _ in lacking], windows, workers)
     return pd.concat([run.averages(windows).assign(run_id=run.run_id) for run in runs], ignore_index=True)
 
 

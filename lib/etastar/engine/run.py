@@ -144,7 +144,7 @@ class Run(Trunk):
         for name, given in self._read_outs(windows):
             key = self._key(name, given)
             if name != "final" and key not in kept:
-                fresh[key] = self._validated(self._averaged(name, **given))
+                fresh[key] = _halved(*self.validate(self._averaged(name, **given)))
             losses = self.halves() if name == "final" else (kept | fresh)[key]
             rows.append({"read_out": name, "horizon_tokens": given.get("horizon_tokens"), "windows": given.get("windows"),
                          **self._span(name, given.get("windows")), **losses})
@@ -210,9 +210,10 @@ class Run(Trunk):
                           "es.run(…, observe=…) as before makes it again, after `etastar runs gc --states` where it does not")
         return self.store.node_state(node)
 
-    def _validated(self, params: dict[str, torch.Tensor]) -> dict[str, float]:
-        return _halved(*validate(params, self.recipe.model, scalars(self.recipe.parametrization, self.recipe.model),
-                                 prepare(self.recipe.corpus)))
+    def validate(self, params: dict[str, torch.Tensor]) -> tuple[float, np.ndarray, np.ndarray]:
+        """Validation loss of other weights in the run's model, as `engine.slots.validate` gives it."""
+        model = self.recipe.model
+        return validate(params, model, scalars(self.recipe.parametrization, model), prepare(self.recipe.corpus))
 
     def _span(self, read_out: str, windows: int | None) -> dict[str, int]:
         """The tokens after which an average's first and last weights stood."""

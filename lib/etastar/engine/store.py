@@ -20,6 +20,8 @@ import io
 import json
 import os
 import shutil
+import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -73,9 +75,8 @@ class Store:
         """Create the folder and make sure it can hold `needed_bytes`; raises StoreError naming the folder."""
         try:
             self.nodes.mkdir(parents=True, exist_ok=True)
-            probe = self.path / f".probe.{os.getpid()}"
-            probe.write_bytes(b"x")
-            probe.unlink()
+            with tempfile.TemporaryFile(dir=self.path) as probe:
+                probe.write(b"x")
         except OSError as error:
             raise StoreError(f"cannot write to the store {self.path}: {error.strerror}; choose another with store=") from None
         free = shutil.disk_usage(self.path).free
@@ -320,7 +321,7 @@ class Store:
         return pd.concat(chunks[::-1], ignore_index=True)
 
     def _partial(self, name: str) -> Path:
-        folder = self.path / ".partial" / f"{name}.{os.getpid()}"
+        folder = self.path / ".partial" / f"{name}.{threading.get_native_id()}"
         shutil.rmtree(folder, ignore_errors=True)
         while not folder.exists():
             with contextlib.suppress(FileNotFoundError):  # another worker took the empty folder above away just now

@@ -23,7 +23,6 @@ from etastar.schedules import Constant
 from etastar.studies import cooldown
 from etastar.studies import measured as common
 from etastar.studies.cooldown import Cell
-from etastar.studies.cooldown_published import published_findings
 from etastar.studies.designs import COOLDOWN, CooldownDesign
 from etastar.studies.measured import Contrast, Measurements, chosen_on_others, minus
 
@@ -87,7 +86,7 @@ def run(preset: str, store="runs", minutes: float | None = None, **options) -> l
     from etastar.engine.execute import run as train
 
     plan = design(preset, minutes)
-    made = cooldown.train_observed(plan, cooldown.recipes(preset, minutes), store, **options)
+    made = cooldown.train_observed(plan, store, **options)
     evaluated = [r for r in schedule_free_recipes(plan) if arm_of(r) in (named(*WORSE), named(*BETTER))]
     made += train(evaluated, store=store, observe=Observe(val_every_tokens=plan.evaluation_tokens), **options)
     made += train(schedule_free_recipes(plan), store=store, **options)
@@ -103,7 +102,7 @@ def measure(runs, read=read_averages) -> Measurements:
     The averages of a run are arms of their own: "swa", "lawa" and "ema" of the constant rate, "cos10 swa", "linear 20 % swa".
     """
     runs = list({r.run_id: r for r in reversed(runs)}.values())[::-1]  # a run given twice is the one observed first
-    frame = pd.DataFrame([_row(r) for r in runs])
+    frame = common.losses(runs, arm_of, _half_b)
     averages = read_outs(runs, read)
     chosen = choose_spans(averages)
     frame = pd.concat([frame, _averaged_rows(averages, chosen)], ignore_index=True)
@@ -117,9 +116,8 @@ def measure(runs, read=read_averages) -> Measurements:
     return dataclasses.replace(m, tables={"read_outs": averages, "chosen": chosen, "curves": curves})
 
 
-def _row(r) -> dict:
-    return {"arm": arm_of(r.recipe), "peak_lr": r.recipe.peak_lr, "seed": r.recipe.seed, "horizon_tokens": r.recipe.horizon_tokens,
-            "loss": r.halves()["val_loss_b"] if r.status == "done" else np.nan, "status": r.status, "run_id": r.run_id}
+def _half_b(r) -> float:
+    return r.halves()["val_loss_b"] if r.status == "done" else float("nan")
 
 
 def read_outs(runs, read=read_averages) -> pd.DataFrame:
@@ -148,7 +146,7 @@ def _averaged_rows(read: pd.DataFrame, chosen: pd.DataFrame) -> pd.DataFrame:
 
 
 def _averages(m: Measurements, read: pd.DataFrame) -> dict[str, Contrast]:
-    trunk, cosine = rate_of(m, "linear 20 % swa"), rate_of(m, "cos10 swa")
+    trunk, cosine = m.rate_of("linear 20 % swa"), m.rate_of("cos10 swa")
     constant, swa, cooled = (m.at(arm, trunk) for arm in ("constant", "swa", "linear 20 %"))
     last = read[(read.arm == "linear 20 %") & (read.read_out == "swa") & (read.windows == 1)].set_index("seed").val_loss_b.sort_index()
     averages = {"cos10 swa − cos10": minus(m.at("cos10 swa", cosine), m.at("cos10", cosine)), "ema − swa": minus(m.at("ema", trunk), swa),
@@ -158,11 +156,6 @@ def _averages(m: Measurements, read: pd.DataFrame) -> dict[str, Contrast]:
     return {name: Contrast(d.to_numpy()) for name, d in tuned.items()} | {
         name: Contrast(d.to_numpy(), family="averages") for name, d in averages.items()} | {
         "share recovered": Contrast(share.to_numpy(), "share")}
-
-
-def rate_of(m: Measurements, arm: str) -> float:
-    """The rate of an arm that was run at one only."""
-    return float(m.frame[m.frame.arm == arm].peak_lr.iloc[0])
 
 
 def _schedule_free(m: Measurements) -> dict[str, Contrast]:
@@ -226,11 +219,7 @@ CONTRASTS = {  # claim → the contrast it is judged by
 
 def judge(measured: Measurements) -> list[Finding]:
     """A live finding for every registered claim of the study, untested where these runs do not speak of it; then the logs' findings."""
-    return common.judge(STUDY, CONTRASTS, measured, _command("cpu"), _command("night")) + published_findings(STUDY)
-
-
-def _command(preset: str) -> str:
-    return f"`make reproduce PRESET={preset} STUDY={STUDY}` tests it ({COOLDOWN[preset].minutes:.0f} minutes on two cores)"
+    return common.judge(STUDY, CONTRASTS, measured, COOLDOWN)
 
 
 def controls(measured: Measurements) -> list[Control]:
@@ -247,22 +236,20 @@ def figures(measured: Measurements, board: Board | None = None) -> dict:
     at, read, made = m.frame[m.frame.horizon_tokens == m.horizon_tokens], m.tables["read_outs"], {}
     if bowls := [*m.bowls, *m.refused]:
         made["bowls"] = plots.lr_bowls(at[at.arm.isin(bowls)], m.bowls)
-    trunk = rate_of(m, "linear 20 % swa")
+    trunk = m.rate_of("linear 20 % swa")
     here = read[(read.arm == "constant") & (read.peak_lr == trunk)].rename(columns={"val_loss_b": "loss"})
     here = here[~((here.read_out == "lawa") & (here.windows == 1)).fillna(False)]  # one checkpoint is no average
-    rates = {"constant": trunk, "cos10": rate_of(m, "cos10 swa"), "linear 20 %": trunk}
+    rates = {"constant": trunk, "cos10": m.rate_of("cos10 swa"), "linear 20 %": trunk}
     references = {arm: float(m.at(arm, lr).mean()) for arm, lr in rates.items()}
     made["averages"] = plots.averaging_spans(here, references)
     made["evaluation_curves"] = plots.loss_curves(m.tables["curves"])
     made["differences"] = plots.paired_differences(common.difference_rows(m))
-    if board is not None and board.frame.estimate.notna().any():
-        made["verdicts"] = plots.verdict_forest(board.frame)
-    return made
+    return common.with_verdicts(made, board)
 
 
 def promised(folder) -> list:
     """Files the notebook leaves behind in its results folder."""
-    return [folder / f"{name}.{suffix}" for name in ("averages", "evaluation_curves", "differences") for suffix in ("png", "svg")]
+    return common.files_of(folder, ("averages", "evaluation_curves", "differences"))
 
 
 def interpretation(measured: Measurements, findings: list[Finding]) -> str:
@@ -271,7 +258,7 @@ def interpretation(measured: Measurements, findings: list[Finding]) -> str:
         return common.machinery_only(measured)
     said = [common.runs_told(measured), *common.bowls_told(measured)]
     chosen = measured.tables["chosen"]
-    here = chosen[(chosen.arm == "constant") & (chosen.peak_lr == rate_of(measured, "linear 20 % swa"))]
+    here = chosen[(chosen.arm == "constant") & (chosen.peak_lr == measured.rate_of("linear 20 % swa"))]
     said.append("Best on half A at the middle rate: "
                 + ", ".join(f"{row.read_out} over {row.span:.1%} of the run" for row in here.itertuples()) + ".")
     said += [common.contrast_told(measured, name) for name in measured.contrasts if not name.startswith("lr:")]

@@ -24,7 +24,6 @@ from etastar.observe import Observe
 from etastar.recipe import Recipe
 from etastar.schedules import WSD, Branch, Constant, Cosine
 from etastar.studies import measured as common
-from etastar.studies.cooldown_published import published_findings
 from etastar.studies.designs import COOLDOWN, CooldownDesign
 from etastar.studies.measured import Contrast, Measurements, chosen_on_others, minus
 
@@ -142,8 +141,8 @@ def recipes_of(plan: CooldownDesign, wanted: list[Cell]) -> list[Recipe]:
     return list(dict.fromkeys(arm_recipe(plan, c.arm, lr, c.horizon_tokens, seed) for c in wanted for lr in c.rates for seed in c.seeds))
 
 
-def train_observed(plan: CooldownDesign, later=(), store="runs", **options) -> list:
-    """These runs with windows of their averages and EMAs; some trunks are evaluated on the way too. `later` will leave them."""
+def train_observed(plan: CooldownDesign, store="runs", **options) -> list:
+    """These runs with windows of their averages and EMAs, some trunks evaluated on the way; states stay where the others leave them."""
     from etastar.engine.execute import run
 
     averages = Observe(average_every_tokens=plan.window_tokens,
@@ -152,7 +151,7 @@ def train_observed(plan: CooldownDesign, later=(), store="runs", **options) -> l
     wanted = recipes_of(plan, observed_cells(plan))
     curves = [r for r in wanted if arm_of(r) == "constant" and r.peak_lr == plan.middle and r.seed in plan.some_seeds]
     others = [r for r in wanted if r not in curves]
-    options |= {"store": store, "later": [*wanted, *later]}
+    options |= {"store": store, "later": recipes_of(plan, [*cells(plan), *observed_cells(plan)])}
     return run(curves, observe=evaluated, **options) + run(others, observe=averages, **options)
 
 
@@ -164,9 +163,9 @@ def recipes(preset: str, minutes: float | None = None) -> list[Recipe]:
 
 def run(preset: str, store="runs", minutes: float | None = None, **options) -> list:
     """Train what a preset lacks, the trunks first; a tuned arm that is best at the edge of its grid is extended, twice at most."""
-    plan, wanted = design(preset, minutes), recipes(preset, minutes)
-    train_observed(plan, wanted, store, **options)
-    return common.train(wanted, arm_of, _bowl_arms(plan.tuned), store, **options)
+    plan = design(preset, minutes)
+    train_observed(plan, store, **options)
+    return common.train(recipes(preset, minutes), arm_of, _bowl_arms(plan.tuned), store, **options)
 
 
 # -- measurements ------------------------------------------------------------------------------------------------------
@@ -192,11 +191,6 @@ def _bowl_arms(tuned) -> tuple[str, ...]:
     return ("cos10", *(f"linear {length} %" for length in tuned))
 
 
-def middle_rate(m: Measurements) -> float:
-    """The rate at which arms without a bowl were run."""
-    return float(m.frame[m.frame.arm == "square 20 %"].peak_lr.iloc[0])
-
-
 def _contrasts(m: Measurements) -> dict[str, Contrast]:
     """Between tuned arms."""
     found = {}
@@ -209,7 +203,7 @@ def _contrasts(m: Measurements) -> dict[str, Contrast]:
 
 def _branch_contrasts(m: Measurements) -> dict[str, Contrast]:
     """Between branches of one trunk at one rate."""
-    middle, rates = middle_rate(m), m.rates("linear 40 %")
+    middle, rates = m.rate_of("square 20 %"), m.rates("linear 40 %")
     at, tried = rates.index(middle), m.rates("1-sqrt 20 %")
 
     def off(a, b, lr=middle, tokens=None):
@@ -282,11 +276,7 @@ CONTRASTS = {  # claim → the contrast it is judged by
 
 def judge(measured: Measurements) -> list[Finding]:
     """A live finding for every registered claim of the study, untested where these runs do not speak of it; then the logs' findings."""
-    return common.judge(STUDY, CONTRASTS, measured, _command("cpu"), _command("night")) + published_findings(STUDY)
-
-
-def _command(preset: str) -> str:
-    return f"`make reproduce PRESET={preset} STUDY={STUDY}` tests it ({COOLDOWN[preset].minutes:.0f} minutes on two cores)"
+    return common.judge(STUDY, CONTRASTS, measured, COOLDOWN)
 
 
 def controls(measured: Measurements) -> list[Control]:
@@ -307,9 +297,7 @@ def figures(measured: Measurements, board: Board | None = None) -> dict:
     if len(measured.tables["line"]):
         made["line_between_weights"] = plots.loss_on_line(measured.tables["line"])
     made["continued"] = plots.paired_differences(common.difference_rows(measured, ("continued",)))
-    if board is not None and board.frame.estimate.notna().any():
-        made["verdicts"] = plots.verdict_forest(board.frame)
-    return made
+    return common.with_verdicts(made, board)
 
 
 def lengths(measured: Measurements) -> pd.DataFrame:
@@ -329,7 +317,7 @@ def lengths(measured: Measurements) -> pd.DataFrame:
 
 def promised(folder) -> list:
     """Files the notebook leaves behind in its results folder."""
-    return [folder / f"{name}.{suffix}" for name in ("bowls", "length_by_rate", "shapes") for suffix in ("png", "svg")]
+    return common.files_of(folder, ("bowls", "length_by_rate", "shapes"))
 
 
 def interpretation(measured: Measurements, findings: list[Finding]) -> str:

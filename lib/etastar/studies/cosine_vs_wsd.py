@@ -19,9 +19,8 @@ from etastar.analysis.power import power_table
 from etastar.recipe import Recipe
 from etastar.schedules import WSD, Cosine
 from etastar.studies import measured as common
-from etastar.studies.cooldown_published import published_findings
 from etastar.studies.designs import COSINE_VS_WSD, CycleDesign
-from etastar.studies.measured import Contrast, Measurements
+from etastar.studies.measured import Contrast, Measurements, minus
 
 STUDY = "01_cosine_vs_wsd"
 achieved_power = common.achieved_power
@@ -95,7 +94,7 @@ def _contrasts(m: Measurements) -> dict[str, Contrast]:
     for arm in CYCLES:
         cycle = m.frame[(m.frame.horizon_tokens == m.horizon_tokens) & (m.frame.arm == arm)]
         if len(cycle):
-            found[f"{arm} − cos10"] = Contrast((m.at(arm) - m.at("cos10", cycle.peak_lr.iloc[0])).to_numpy())
+            found[f"{arm} − cos10"] = Contrast(minus(m.at(arm), m.at("cos10", cycle.peak_lr.iloc[0])).to_numpy())
     return found
 
 
@@ -135,11 +134,7 @@ CONTRASTS = {  # claim → the contrast it is judged by
 
 def judge(measured: Measurements) -> list[Finding]:
     """A live finding for every registered claim of the study, untested where these runs do not speak of it; then the logs' findings."""
-    return common.judge(STUDY, CONTRASTS, measured, _command("cpu"), _command("night")) + published_findings(STUDY)
-
-
-def _command(preset: str) -> str:
-    return f"`make reproduce PRESET={preset} STUDY={STUDY}` tests it ({COSINE_VS_WSD[preset].minutes:.0f} minutes on two cores)"
+    return common.judge(STUDY, CONTRASTS, measured, COSINE_VS_WSD)
 
 
 def controls(measured: Measurements) -> list[Control]:
@@ -161,9 +156,7 @@ def figures(measured: Measurements, board: Board | None = None) -> dict:
     made["bowls"] = plots.lr_bowls(at, {a: b for a, b in measured.bowls.items() if a in BOWL_ARMS})
     if len(rows := common.difference_rows(measured)):
         made["differences"] = plots.paired_differences(rows)
-    if board is not None and board.frame.estimate.notna().any():
-        made["verdicts"] = plots.verdict_forest(board.frame)
-    return made
+    return common.with_verdicts(made, board)
 
 
 # -- what the notebook shows -------------------------------------------------------------------------------------------
@@ -171,7 +164,7 @@ def figures(measured: Measurements, board: Board | None = None) -> dict:
 
 def promised(folder) -> list:
     """Files the notebook leaves behind in its results folder."""
-    return [folder / f"{name}.{suffix}" for name in ("schedules", "bowls") for suffix in ("png", "svg")]
+    return common.files_of(folder, ("schedules", "bowls"))
 
 
 def design(preset: str, minutes: float | None = None) -> CycleDesign:

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
+from etastar import plots
+from etastar.analysis.board import Board
 from etastar.analysis.bowl import Bowl, EdgeOptimum, cross_fitted, fit_bowl
 from etastar.analysis.claims import Finding, load_claims, untested
 from etastar.analysis.claims import judge as judge_claim
@@ -17,6 +19,8 @@ from etastar.analysis.controls import PLANTED, TRUTH, Control, aa_control, not_r
 from etastar.analysis.paired import Estimate, PooledVariance, mean_estimate, pool_variance, token_equivalent, token_slope
 from etastar.model.parametrization import count_parameters
 from etastar.recipe import Recipe
+from etastar.studies.cooldown_published import published_findings
+from etastar.studies.designs import Design
 
 LEAST_STEPS = 256  # shorter runs count for nothing
 LEAST_SEEDS = 3
@@ -97,6 +101,10 @@ class Measurements:
         """The rates an arm was run at over the study's horizon, rising."""
         return sorted(self.frame[(self.frame.arm == arm) & (self.frame.horizon_tokens == self.horizon_tokens)].peak_lr.unique())
 
+    def rate_of(self, arm: str) -> float:
+        """The rate an arm was run at, the first where there are several."""
+        return float(self.frame[self.frame.arm == arm].peak_lr.iloc[0])
+
     def estimate(self, name: str, unit: str) -> Estimate:
         """Mean over seeds of a contrast in a claim's unit: nats with the family's pooled variance, and as a share of tokens if asked.
 
@@ -157,11 +165,11 @@ def pool_families(contrasts: Mapping[str, Contrast]) -> dict[str, PooledVariance
     return {family: pool_variance(cells) for family, cells in families.items()}
 
 
-def losses(runs, arm_of) -> pd.DataFrame:
-    """The frame of Measurements from runs; `arm_of` names the arm of a recipe."""
+def losses(runs, arm_of, loss_of=lambda run: run.val_loss) -> pd.DataFrame:
+    """The frame of Measurements from runs; `arm_of` names the arm of a recipe, `loss_of` is the loss a run is judged by (nats)."""
     return pd.DataFrame([{
         "arm": arm_of(r.recipe), "peak_lr": r.recipe.peak_lr, "seed": r.recipe.seed, "horizon_tokens": r.recipe.horizon_tokens,
-        "loss": r.val_loss, "status": r.status, "run_id": r.run_id,
+        "loss": loss_of(r), "status": r.status, "run_id": r.run_id,
     } for r in runs]).drop_duplicates("run_id")
 
 
@@ -212,13 +220,16 @@ def _with_bowl(rows: pd.DataFrame) -> pd.DataFrame:
 # -- verdicts and controls ---------------------------------------------------------------------------------------------
 
 
-def judge(study: str, contrast_of: Mapping[str, str], m: Measurements, too_small: str, elsewhere: str) -> list[Finding]:
-    """A live finding for every registered claim of a study; what these runs do not speak of is untested.
+def judge(study: str, contrast_of: Mapping[str, str], m: Measurements, presets: Mapping[str, Design]) -> list[Finding]:
+    """A live finding for every registered claim of a study, untested where these runs do not speak of it; then the logs' findings.
 
-    `contrast_of` names the contrast a claim is judged by; `too_small` and `elsewhere` are the commands that would test a claim where
-    the runs are too small to count, and where they do not speak of it.
+    `contrast_of` names the contrast a claim is judged by. What is too small to count names the cpu preset as the mend, what these runs
+    do not speak of the night preset.
     """
-    return [_judge_one(claim, contrast_of[claim.id], m, too_small, elsewhere) for claim in load_claims(study).values()]
+    too_small, elsewhere = (f"`make reproduce PRESET={preset} STUDY={study}` tests it ({presets[preset].minutes:.0f} minutes on two cores)"
+                            for preset in ("cpu", "night"))
+    live = [_judge_one(claim, contrast_of[claim.id], m, too_small, elsewhere) for claim in load_claims(study).values()]
+    return live + published_findings(study)
 
 
 def _judge_one(claim, name: str, m: Measurements, too_small: str, elsewhere: str) -> Finding:
@@ -286,7 +297,19 @@ def difference_rows(m: Measurements, families=None) -> pd.DataFrame:
                          if c.unit == "nats" and (families is None or c.family in families) for i, d in enumerate(c.per_seed)])
 
 
-# -- words -------------------------------------------------------------------------------------------------------------
+# -- figures and words -------------------------------------------------------------------------------------------------
+
+
+def with_verdicts(figures: dict, board: Board | None) -> dict:
+    """The figures, and the verdicts where a board has estimates."""
+    if board is not None and board.frame.estimate.notna().any():
+        return figures | {"verdicts": plots.verdict_forest(board.frame)}
+    return figures
+
+
+def files_of(folder, names) -> list:
+    """The files of figures in a results folder."""
+    return [folder / f"{name}.{suffix}" for name in names for suffix in ("png", "svg")]
 
 
 def machinery_only(m: Measurements) -> str:
