@@ -144,6 +144,27 @@ class SP:
 
 
 @value
+class MuP:
+    """Maximal update parametrization as arXiv 2408.13359 Table 1 and 2304.03208 have it, m = width / `base_width`.
+
+    Hidden matrices have the learning rate over m and init std over √m, logits are divided by m and attention scores by `head_dim` in
+    place of its root; embedding, head and gains are as in SP, and so are the output projections' √(2·depth). Embeddings and block
+    outputs are multiplied by constants. `decay` of hidden matrices: "independent" has η·λ the same at every width (λ times m, as
+    arXiv 2405.13698 asks), "coupled" has λ the same, so that η·λ falls as 1 / m.
+    """
+
+    base_width: int
+    init_std: float = 0.02
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    decay: Literal["independent", "coupled"] = "independent"
+
+    def check(self):
+        if self.base_width < 1 or min(self.init_std, self.embedding_multiplier, self.residual_multiplier) <= 0:
+            raise ValueError(f"MuP needs a base_width of at least 1 and an init_std and multipliers above 0; got {self}")
+
+
+@value
 class Execution:
     """How the bits are computed; it is part of the run's id because it decides them.
 
@@ -175,7 +196,7 @@ class Recipe:
     peak_lr: float
     batch_tokens: int
     horizon_tokens: int
-    parametrization: SP = dataclasses.field(default_factory=SP)
+    parametrization: SP | MuP = dataclasses.field(default_factory=SP)
     seed: int = 0
     data_seed: int | None = None
     repeat: bool = False

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 
 from etastar.model.functions import Attention, Gate, Linear, Normalize, Surprise, Turn
 from etastar.model.parametrization import Scalars, numbers, scalars
-from etastar.recipe import SP, Model
+from etastar.recipe import SP, Model, MuP
 
 Params = dict[str, torch.Tensor]
 
 
-def init_parameters(model: Model, vocab: int, parametrization: SP, seed: int) -> Params:
+def init_parameters(model: Model, vocab: int, parametrization: SP | MuP, seed: int) -> Params:
     """Initial fp32 parameters of one run; each drawn from its own stream, keyed by its name and the seed.
 
     A longer, wider or deeper model shifts no other parameter's stream.
@@ -158,7 +158,7 @@ def _rotary_tables(length: int, model: Model, device) -> tuple[torch.Tensor, tor
 class Decoder(torch.nn.Module):
     """One trained model for anybody's use: tokens (B, T) int64 to logits (B, T, V)."""
 
-    def __init__(self, model: Model, vocab: int, parametrization: SP, params: Params | None = None, seed: int = 0):
+    def __init__(self, model: Model, vocab: int, parametrization: SP | MuP, params: Params | None = None, seed: int = 0):
         super().__init__()
         self.model, self.vocab, self.scalars = model, vocab, scalars(parametrization, model)
         params = params or init_parameters(model, vocab, parametrization, seed)

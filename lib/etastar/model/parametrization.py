@@ -9,7 +9,7 @@ import math
 
 import pandas as pd
 
-from etastar.recipe import SP, Model, Recipe
+from etastar.recipe import SP, Model, MuP, Recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,24 +61,35 @@ def role_of(name: str) -> str:
     return {"embedding": "embedding", "head": "output"}.get(name, "hidden")
 
 
-def numbers(parametrization: SP, model: Model, vocab: int) -> dict[str, ParameterNumbers]:
+def numbers(parametrization: SP | MuP, model: Model, vocab: int) -> dict[str, ParameterNumbers]:
     """The table of a parametrization: every parameter's numbers, by name.
 
     Standard parametrization: N(0, init_std²), the projections back into the residual stream over √(2·depth) (as
-    arXiv 2405.18392 and GPT-2 do), one learning rate, decay on matrices but not on the embedding or gains.
+    arXiv 2405.18392 and GPT-2 do), one learning rate, decay on matrices but not on the embedding or gains. μP: see recipe.MuP.
     """
     table = {}
     for name, shape in parameter_shapes(model, vocab).items():
-        role = role_of(name)
-        std = None if role == "norm" else parametrization.init_std
+        role, std = role_of(name), parametrization.init_std
+        wider = width_ratio(parametrization, model) if role == "hidden" else 1.0
         if name.endswith("_out"):
             std /= math.sqrt(2 * model.depth)
-        table[name] = ParameterNumbers(role, shape, std, 1.0, 1.0 if role in ("hidden", "output") else 0.0)
+        decay = 1.0 if role in ("hidden", "output") else 0.0
+        if isinstance(parametrization, MuP) and parametrization.decay == "independent":
+            decay *= wider
+        table[name] = ParameterNumbers(role, shape, None if role == "norm" else std / math.sqrt(wider), 1.0 / wider, decay)
     return table
 
 
-def scalars(parametrization: SP, model: Model) -> Scalars:
+def width_ratio(parametrization: SP | MuP, model: Model) -> float:
+    """m of μP, the width over the base width; 1 in standard parametrization."""
+    return model.width / parametrization.base_width if isinstance(parametrization, MuP) else 1.0
+
+
+def scalars(parametrization: SP | MuP, model: Model) -> Scalars:
     """The forward multipliers of a parametrization."""
+    if isinstance(parametrization, MuP):
+        return Scalars(parametrization.embedding_multiplier, parametrization.residual_multiplier, 1 / model.head_dim,
+                       width_ratio(parametrization, model))
     return Scalars(embedding=1.0, residual=1.0, attention=model.head_dim**-0.5, logits=1.0)
 
 
