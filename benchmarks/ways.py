@@ -64,7 +64,7 @@ def engine_layout(shape: Shape, device: str) -> Layout:
     recipes = [recipe_of(shape, device, seed=seed) for seed in range(256)]
     sweep = Sweep(tuple(recipes), {}, build_segments(recipes), frozenset(), Store("none"), Observe())
     processes, slots = default_layout(sweep, None, None)
-    return Layout(processes, 1, slots)
+    return Layout(processes, 1, max(slots.values()))
 
 
 def compiles(way: str, device: str) -> bool:

@@ -15,6 +15,12 @@ _PUBLIC = {
     "analysis.bowl": ("fit_bowl", "Bowl", "EdgeOptimum"),
     "analysis.paired": ("compare",),
     "analysis.board": ("verdicts",),
+    "analysis.power_law": ("fit_power_law",),
+    "analysis.loss_law": ("fit_loss_law",),
+    "analysis.valley": ("fit_valley",),
+    "analysis.designed_schedule": ("design_schedule", "design_from_curves"),
+    "analysis.laws": ("laws", "recommend", "LawWarning"),
+    "analysis.read_runs": ("read_runs",),
     "archives": ("archive",),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}

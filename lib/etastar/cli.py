@@ -1,4 +1,4 @@
-"""The `etastar` command: doctor, plan, run, runs, reproduce, branch, fetch, report, bench."""
+"""The `etastar` command: doctor, plan, run, runs, reproduce, branch, tune, recommend, fetch, report, bench."""
 
 import argparse
 import json
@@ -7,6 +7,11 @@ import sys
 from pathlib import Path
 
 PRESETS = ("auto", "smoke", "cpu", "night", "gpu", "paper")
+RECOMMEND_NUMBERS = {
+    "params": "parameters without embeddings", "horizon_tokens": "tokens of the whole run", "batch_tokens": "tokens a step",
+    "width": "model dimension", "base_width": "model dimension of the μP base", "depth": "layers", "context": "tokens a sequence",
+    "params_active": "of a mixture of experts: those a token passes", "params_total": "of a mixture of experts: all",
+    "weight_decay": "AdamW's λ"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -80,6 +85,15 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--peak-lr", type=float, help="peak of the new schedule (default: the rate at the branch point)")
     verb.set_defaults(act=_branch)
 
+    verb = verbs.add_parser("recommend", parents=[common], help="what every published law says about a run's learning rate and batch")
+    for name, unit in RECOMMEND_NUMBERS.items():
+        verb.add_argument(f"--{name.replace('_', '-')}", type=float, metavar="X", help=unit, required=name in ("params", "horizon_tokens"))
+    for name, usual in (("schedule", "wsd"), ("parametrization", "sp"), ("optimizer", "adamw")):
+        verb.add_argument(f"--{name}", default=usual, help=f"of the run (default: {usual})")
+    verb.set_defaults(act=_recommend)
+
+    _tune_words(verbs.add_parser("tune", parents=[common, layout], help="the learning rate for a run on your own data, from small runs"))
+
     verb = verbs.add_parser("fetch", parents=[common], help="download published run logs and check their sha256")
     verb.add_argument("what", choices=("archives",))
     verb.add_argument("names", nargs="*", metavar="NAME", help="archives of data/archives.toml (default: all)")
@@ -94,6 +108,27 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("words", nargs="*")
     verb.set_defaults(act=_bench)
     return parser
+
+
+def _tune_words(verb) -> None:
+    asked = {"width": "model dimension", "depth": "layers", "horizon_tokens": "tokens in all", "batch_tokens": "tokens a step"}
+    verb.add_argument("--corpus", required=True, help="files:GLOB, hf:REPO@COMMIT, python or synthetic")
+    for name, unit in asked.items():
+        verb.add_argument(f"--{name.replace('_', '-')}", type=_count, required=True, metavar="N", help=f"{unit} of the run asked about")
+    for name, usual, what in (("vocab", 4096, "BPE vocabulary"), ("context", 512, "tokens a sequence"), ("head-dim", 64, "of attention"),
+                              ("least-steps", 256, "of the shortest run")):
+        verb.add_argument(f"--{name}", type=_count, default=usual, metavar="N", help=f"{what} (default: {usual})")
+    for name, usual, what in (("init-std", 0.1, "of the weights"), ("weight-decay", 0.1, "AdamW's λ"),
+                              ("cooldown-fraction", 0.2, "of WSD")):
+        verb.add_argument(f"--{name}", type=float, default=usual, metavar="X", help=f"{what} (default: {usual})")
+    verb.add_argument("--untied", action="store_true", help="an output head of its own")
+    verb.add_argument("--budget", type=_seconds, required=True, metavar="TIME", help="time to spend: 90s, 30m, 2h")
+    verb.add_argument("--parametrization", choices=("sp", "mup"), default="sp", help="mup trusts that widths have the same rate")
+    verb.add_argument("--base-width", type=_count, metavar="N", help="mup: width at which it is sp (default: that of the small runs)")
+    verb.add_argument("--small-batch-tokens", type=_count, nargs="+", default=(), metavar="N", help="of the small runs (default: chosen)")
+    verb.add_argument("--plan-only", action="store_true", help="print what would be run and how long it takes")
+    verb.add_argument("--results", default="results/tune", help="folder of tune.json and the figure (default: results/tune)")
+    verb.set_defaults(act=_tune)
 
 
 def _doctor(options):
@@ -256,6 +291,51 @@ def _reproduce(options):
     from etastar.reproduce import reproduce
 
     return reproduce(options.preset, options.study, options.minutes, Path(options.store), Path(options.results))
+
+
+def _recommend(options):
+    from etastar.analysis.laws import format_advice, recommend
+
+    asked = {name: getattr(options, name) for name in (*RECOMMEND_NUMBERS, "schedule", "parametrization", "optimizer")}
+    advice = recommend(**asked)
+    if options.json:
+        spreads = {k: None if v != v else v for k, v in advice.attrs.items() if k.endswith("spread")}
+        print(json.dumps(spreads | {"laws": json.loads(advice.to_json(orient="records", double_precision=15))}, indent=1))
+    else:
+        print(format_advice(advice))
+
+
+def _count(text: str) -> int:
+    """A whole number, also written as 2e9."""
+    number = float(text)
+    if number != int(number):
+        raise argparse.ArgumentTypeError(f"{text} is no whole number")
+    return int(number)
+
+
+def _seconds(text: str) -> float:
+    """Seconds of a time such as 90s, 30m, 2h."""
+    try:
+        return float(text[:-1]) * {"s": 1, "m": 60, "h": 3600}[text[-1:]]
+    except (KeyError, ValueError):
+        raise argparse.ArgumentTypeError(f"{text!r} is no time; write 90s, 30m or 2h") from None
+
+
+def _tune(options):
+    from etastar.recipe import AdamW, Corpus, Execution, Model
+    from etastar.tune import Question, tune
+    from etastar.tune.carry_out import as_json
+
+    model = Model(width=options.width, depth=options.depth, head_dim=options.head_dim, context=options.context, tied=not options.untied)
+    question = Question(model, Corpus(options.corpus, vocab=options.vocab), options.horizon_tokens, options.batch_tokens,
+                        options.parametrization, options.base_width, options.init_std, AdamW(weight_decay=options.weight_decay),
+                        options.cooldown_fraction, tuple(options.small_batch_tokens), Execution(device=options.device or "cpu"),
+                        options.least_steps)
+    layout = {"workers": options.workers, "slots": options.slots, "execution": options.execution}
+    plan, found = tune(question, options.budget, options.store, options.results, plan_only=options.plan_only,
+                       tell=(lambda said: None) if options.json else lambda said: print(said, flush=True), **layout)
+    if options.json:
+        print(json.dumps(as_json(plan, found), indent=1))
 
 
 def _fetch(options):

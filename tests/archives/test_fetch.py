@@ -6,7 +6,7 @@ import warnings
 import pytest
 
 import etastar as es
-from etastar import cli
+from etastar import archives, cli
 from etastar.archives import NotFetched, fetch, fetch_archives, find_archive, locate
 
 BODY = bytes(range(256)) * 1000
@@ -136,10 +136,11 @@ def test_damaged_files_are_named_and_not_used(listed, mirror, host, tmp_path):
     assert (tmp_path / "mirror" / archive.folder / "data/a.json").exists()  # a mirror is not ours to clean
 
 
-def test_unknown_archives_and_those_without_a_reader_are_told(listed, mirror):
+def test_unknown_archives_and_those_without_a_reader_are_told(listed, mirror, monkeypatch):
     listed(FILES, "steplaw")
     with pytest.raises(ValueError, match="no archive nope; there are steplaw"):
         fetch_archives(["nope"])
+    monkeypatch.setattr(archives, "READERS", ("haegele",))
     with pytest.raises(ValueError, match="steplaw has no reader"):
         es.archive("steplaw")
     with pytest.raises(ValueError, match="no archive 'nope'"):

@@ -8,6 +8,7 @@ import torch
 from etastar.engine import layout
 from etastar.engine.execute import default_layout
 from etastar.engine.layout import slot_bytes, stack_slots, verified
+from etastar.engine.slots import stack_key
 from etastar.model.parametrization import flops_per_token
 from etastar.recipe import Execution, Model
 from tiny import recipe
@@ -78,18 +79,20 @@ def test_what_does_not_fit_alone_and_what_is_no_lack_of_memory_is_raised():
         verified(broken, 5)
 
 
-def test_a_sweep_on_a_gpu_is_one_process_with_slots_that_suit_its_largest_shape(monkeypatch):
+def test_a_sweep_on_a_gpu_is_one_process_with_slots_that_suit_each_shape(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (140 * GB, 141 * GB))
 
-    def sweep(*shapes, count=40):
+    def told(*shapes, count=40, asked=(None, None)):
         recipes = [recipe(model=m, batch_tokens=4096, horizon_tokens=40_960, execution=BF16) for m in shapes]
-        return types.SimpleNamespace(segments=[types.SimpleNamespace(recipe=r) for r in recipes for _ in range(count)], chosen={})
+        made = types.SimpleNamespace(segments=[types.SimpleNamespace(recipe=r) for r in recipes for _ in range(count)], chosen={})
+        return default_layout(made, *asked)
 
     wide = Model(width=512, depth=2, head_dim=64, context=128)
-    assert default_layout(sweep(SMALL), None, None) == (1, 40)
-    assert default_layout(sweep(SMALL, count=100), None, None) == (1, 64)
-    assert default_layout(sweep(SMALL, wide), None, None) == (1, 1)
-    assert default_layout(sweep(SMALL, wide), 2, 7) == (2, 7)
+    small, large = (stack_key(recipe(model=m, batch_tokens=4096, horizon_tokens=40_960, execution=BF16)) for m in (SMALL, wide))
+    assert told(SMALL) == (1, {small: 40})
+    assert told(SMALL, count=100) == (1, {small: 64})
+    assert told(SMALL, wide) == (1, {small: 40, large: 1})
+    assert told(SMALL, wide, asked=(2, 7)) == (2, {small: 7, large: 7})
 
 
 def test_determinism_is_arranged_before_the_free_memory_is_asked_for(monkeypatch):

@@ -10,9 +10,10 @@ import pandas as pd
 from etastar.archives.fetch import Fetched, Located, NotFetched, fetch_archives, locate
 from etastar.archives.manifest import Archive, find_archive, load_manifest
 
-__all__ = ["Archive", "Fetched", "Located", "NotFetched", "archive", "curves", "evaluations", "fetch_archives", "load_manifest", "locate"]
+__all__ = ["Archive", "Fetched", "Located", "NotFetched", "archive", "bootstrap", "curves", "evaluations", "fetch_archives",
+           "load_manifest", "locate"]
 
-READERS = ("haegele", "multi_power_law")
+READERS = ("haegele", "multi_power_law", "steplaw", "steplaw_moe", "gadre", "chinchilla")
 
 
 def archive(name: str, download: bool = False) -> pd.DataFrame:
@@ -32,6 +33,11 @@ def curves(name: str, download: bool = False, **choice) -> pd.DataFrame:
 def evaluations(name: str, download: bool = False) -> pd.DataFrame:
     """Every evaluation of a published archive's runs on the full validation set; ValueError where its reader knows none."""
     return _read(name, "read_evaluations", download)
+
+
+def bootstrap(name: str, download: bool = False) -> pd.DataFrame:
+    """The bootstrap coefficients that a published archive holds of its own fit; ValueError where its reader knows none."""
+    return _read(name, "read_bootstrap", download)
 
 
 def _read(name, how, download, **choice):

@@ -1,5 +1,6 @@
 """Handing the segments of a sweep to workers, in this process or in others, until nothing is left of it."""
 
+import itertools
 import json
 import queue
 import subprocess
@@ -12,6 +13,7 @@ import torch
 from etastar.engine import run as runs
 from etastar.engine.environment import one_thread_environment
 from etastar.engine.plan import Node, Segment, critical_order
+from etastar.engine.slots import stack_key
 from etastar.engine.store import Store, StoreError
 from etastar.engine.worker import Task, Worker
 from etastar.observe import Observe
@@ -23,31 +25,40 @@ class WorkerFailed(RuntimeError):
 
 
 class Dispatch:
-    """Which segment of a sweep (engine.execute.Sweep) is next: those whose parent is stored, longest remaining path first."""
+    """Which segment of a sweep (engine.execute.Sweep) is next: those whose parent is stored, longest remaining path first.
 
-    def __init__(self, sweep):
-        self.sweep, self.bar, self.clock, self.trained = sweep, None, Counter(), 0
+    `slots` is by stack key how many runs of a shape a worker trains in step.
+    """
+
+    def __init__(self, sweep, slots: dict[str, int]):
+        self.sweep, self.slots, self.bar, self.clock, self.trained = sweep, slots, None, Counter(), 0
         self.recipes = {recipe.run_id: recipe for recipe in sweep.recipes}
         order = critical_order(sweep.segments, {s.node.id: s.tokens for s in sweep.segments})
         self.produced = {(s.node.trunk, s.node.id) for s in order if s.start < s.stop}
         self.done: set[tuple[str, str]] = set()
         self.diverged = set(sweep.diverged)
-        self.ready: deque[Segment] = deque()
+        self.ready: deque[tuple[str, Segment]] = deque()  # with the stack key of each
         self.blocked: list[Segment] = list(order)
         self.left = len(order)
         self.tokens = sum(s.tokens for s in order)
         self._unblock()
 
-    def take(self, free: int) -> list[Task]:
-        """Up to `free` tasks, fewer when nothing is ready."""
-        return [self._task(self.ready.popleft()) for _ in range(min(free, len(self.ready)))]
+    def take(self, held: list[Task]) -> list[Task]:
+        """Tasks for a worker that holds some: more of their shape while it has slots, of another shape once it holds none."""
+        if not self.ready:
+            return []
+        key = stack_key(held[0].recipe) if held else self.ready[0][0]
+        chosen = list(itertools.islice((item for item in self.ready if item[0] == key), self.slots[key] - len(held)))
+        for item in chosen:
+            self.ready.remove(item)
+        return [self._task(*item) for item in chosen]
 
     def give_back(self, tasks: list[Task]) -> None:
         """Tasks of a worker that died go to the front again."""
         by_node = {(s.node.trunk, s.node.id, s.start): s for s in self.sweep.segments}
         for task in tasks:
             start = task.parent.step if task.parent else 0
-            self.ready.appendleft(by_node[task.node.trunk, task.node.id, start])
+            self.ready.appendleft((stack_key(task.recipe), by_node[task.node.trunk, task.node.id, start]))
 
     def progress(self, tokens: int) -> None:
         """Move the bar."""
@@ -72,7 +83,7 @@ class Dispatch:
                     self._give_up(segment)
                     changed = True
                 elif parent is None or parent in self.done or parent not in self.produced or segment.parent == segment.node:
-                    self.ready.append(segment)
+                    self.ready.append((stack_key(segment.recipe), segment))
                 else:
                     waiting.append(segment)
             self.blocked = waiting
@@ -93,19 +104,19 @@ class Dispatch:
             node = next(s.parent for s in self.sweep.segments if s.node == node and s.start < s.stop)
         return node
 
-    def _task(self, segment: Segment) -> Task:
-        return Task(segment.recipe, segment.parent, segment.node, tuple(self.recipes[i] for i in segment.ends))
+    def _task(self, key: str, segment: Segment) -> Task:
+        return Task(segment.recipe, segment.parent, segment.node, tuple(self.recipes[i] for i in segment.ends), self.slots[key])
 
 
-def train_inline(dispatch: Dispatch, slots: int, snapshot_seconds: float) -> None:
+def train_inline(dispatch: Dispatch, snapshot_seconds: float) -> None:
     """Train in this process, on one thread: what a worker process does, bit for bit."""
-    worker = Worker(dispatch.sweep.store, slots, dispatch.sweep.observe, snapshot_seconds)
+    worker = Worker(dispatch.sweep.store, dispatch.sweep.observe, snapshot_seconds)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
 
-    def take(free, wait):
-        tasks = dispatch.take(free)
+    def take(wait):
+        tasks = dispatch.take(worker.tasks)
         if wait and dispatch.left and not tasks:
             raise RuntimeError(f"{dispatch.left} segments left but none can start")
         return tasks if dispatch.left else None
@@ -136,11 +147,11 @@ def _apply(dispatch: Dispatch, body: dict) -> None:
 class WorkerProcess:
     """A worker in its own one-thread process, spoken to by JSON lines."""
 
-    def __init__(self, number: int, store: Store, slots: int, observe: Observe, snapshot_seconds: float, inbox: queue.Queue):
-        self.slots, self.tasks = slots, []
+    def __init__(self, number: int, store: Store, observe: Observe, snapshot_seconds: float, inbox: queue.Queue):
+        self.tasks: list[Task] = []
         self.log = store.path / ".logs" / f"worker-{number}.log"
         self.log.parent.mkdir(exist_ok=True)
-        config = {"store": str(store.path), "slots": slots, "threads": 1, "snapshot_seconds": snapshot_seconds, **observe.to_meta()}
+        config = {"store": str(store.path), "threads": 1, "snapshot_seconds": snapshot_seconds, **observe.to_meta()}
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "etastar.engine.worker", json.dumps(config)], stdin=subprocess.PIPE,
@@ -179,13 +190,13 @@ class WorkerProcess:
         return "\n".join(lines[-12:]) or "(it wrote nothing)"
 
 
-def train_in_processes(dispatch: Dispatch, workers: int, slots: int, snapshot_seconds: float) -> None:
+def train_in_processes(dispatch: Dispatch, workers: int, snapshot_seconds: float) -> None:
     """Keep worker processes busy until nothing is left; a worker that dies is replaced, three times at most."""
     sweep, replaced = dispatch.sweep, 0
     inbox: queue.Queue = queue.Queue()
 
     def start(number):
-        return WorkerProcess(number, sweep.store, slots, sweep.observe, snapshot_seconds, inbox)
+        return WorkerProcess(number, sweep.store, sweep.observe, snapshot_seconds, inbox)
 
     pool = [start(n) for n in range(workers)]
     try:
@@ -223,8 +234,7 @@ def _hear_the_rest(dispatch: Dispatch, inbox: queue.Queue, ends: int) -> None:
 
 
 def _feed(dispatch: Dispatch, worker: WorkerProcess) -> None:
-    free = worker.slots - len(worker.tasks)
-    if free and (tasks := dispatch.take(free)):
+    if tasks := dispatch.take(worker.tasks):
         try:
             worker.send(tasks)
         except BrokenPipeError:  # it died; its end of the other pipe says so next

@@ -107,7 +107,7 @@ def run(recipes, store="runs", backend="local", device=None, workers=None, obser
     """Train what the store lacks of these recipes and return their runs in order.
 
     `backend` "local" uses `workers` one-thread processes (default: one a core; on a GPU one process with a stack),
-    "inline" this process. `slots` is the stack a worker trains in step (default 1 on a CPU, 2 where steps are tiny). `observe`
+    "inline" this process. `slots` is the stack a worker trains in step (default 1 on a CPU, 2 to 8 where steps are tiny). `observe`
     says what to look at on the way. `execution` "auto" computes recipes that leave it open in the way that is fastest here by
     measurement (parts of a batch, torch.compile); what was chosen first is held by the store, since it decides bits. Finished runs
     are not run again; an interrupted sweep goes on where it was. One sweep at a time trains in a store; `beside` trains next to it,
@@ -188,19 +188,19 @@ def _train(sweep: Sweep, backend, workers, slots, progress, snapshot_seconds) ->
     workers, slots = default_layout(sweep, workers, slots)
     if progress:
         _tell_again(sweep)
-    dispatch = Dispatch(sweep)
+    dispatch = Dispatch(sweep, slots)
     with tqdm(total=dispatch.tokens, unit="tok", unit_scale=True, disable=not progress, smoothing=0.05,
               desc=f"{len(sweep.missing)} runs", mininterval=0.5) as bar:
         dispatch.bar = bar
         began = time.perf_counter()
         try:
             if backend == "inline":
-                train_inline(dispatch, slots, snapshot_seconds)
+                train_inline(dispatch, snapshot_seconds)
             else:
-                train_in_processes(dispatch, workers, slots, snapshot_seconds)
+                train_in_processes(dispatch, workers, snapshot_seconds)
         finally:
             sweep.store.log_sweep({
-                "runs": len(sweep.missing), "tokens": dispatch.trained, "workers": workers, "slots": slots,
+                "runs": len(sweep.missing), "tokens": dispatch.trained, "workers": workers, "slots": sorted(set(slots.values())),
                 "wall_s": round(time.perf_counter() - began, 2), **{k: round(v, 2) for k, v in sorted(dispatch.clock.items())}})
 
 
@@ -215,14 +215,20 @@ def _tell_again(sweep: Sweep) -> None:
                       f"trained here, {begin}, with the same bits", file=sys.stderr)
 
 
-def default_layout(sweep: Sweep, workers: int | None, slots: int | None) -> tuple[int, int]:
-    """(workers, slots): one-thread processes on a CPU, one process with a stack on a GPU; never more than there is work."""
+def default_layout(sweep: Sweep, workers: int | None, slots: int | None) -> tuple[int, dict[str, int]]:
+    """Workers, and by stack key how many runs of a shape one of them trains in step; never more than there is work.
+
+    On a CPU workers are one-thread processes, on a GPU one process with a stack.
+    """
     _check_layout(workers, slots)
-    first = sweep.segments[0].recipe
-    if first.execution.device == "cuda":
-        return workers or 1, slots or gpu_slots([segment.recipe for segment in sweep.segments])
+    shapes: dict[str, list[Recipe]] = {}
+    for segment in sweep.segments:
+        shapes.setdefault(stack_key(segment.recipe), []).append(segment.recipe)
+    if sweep.segments[0].recipe.execution.device == "cuda":
+        return workers or 1, {key: slots or gpu_slots(members) for key, members in shapes.items()}
     workers = min(workers or cores(), len(sweep.segments))
-    return workers, slots or max(1, min(slots_chosen(first, sweep.chosen), len(sweep.segments) // workers))
+    return workers, {key: slots or max(1, min(slots_chosen(members[0], sweep.chosen), len(members) // workers))
+                     for key, members in shapes.items()}
 
 
 def _check_layout(workers: int | None, slots: int | None) -> None:

@@ -3,7 +3,7 @@
 from etastar.cores import cores
 from etastar.engine.execute import Sweep, default_layout, disk_bytes
 from etastar.engine.measure import measured
-from etastar.engine.plan import Cost, build_segments, schedule_length
+from etastar.engine.plan import Cost, Segment, build_segments, schedule_length
 from etastar.engine.slots import stack_key
 from etastar.model.parametrization import flops_per_token
 from etastar.recipe import Corpus, Recipe
@@ -15,7 +15,7 @@ def cost(sweep: Sweep, workers: int | None = None, slots: int | None = None, mea
     """What a sweep will take here; with `measure` the time too, from a few seconds of training each new shape."""
     segments = sweep.segments
     tokens = sum(s.tokens for s in segments)
-    workers, slots = default_layout(sweep, workers, slots) if segments else (workers or cores(), 1)
+    workers, slots = default_layout(sweep, workers, slots) if segments else (workers or cores(), {})
     flops = sum(s.tokens * flops_per_token(s.recipe.model, s.recipe.corpus.vocab)["exact"] for s in segments)
     seconds = 0.0 if not segments else _seconds(sweep, workers, slots) if measure else None
     return Cost(runs=len({r.run_id for r in sweep.recipes}), done=len(sweep.finished), segments=len(segments),
@@ -35,15 +35,14 @@ def cost_without_corpus(recipes: list[Recipe]) -> Cost:
                 flops=flops, disk_bytes=disk_bytes(segments), seconds=None, workers=0)
 
 
-def _seconds(sweep: Sweep, workers: int, slots: int) -> float:
-    rates = {}
+def _seconds(sweep: Sweep, workers: int, slots: dict[str, int]) -> float:
+    """Start-up, and shape after shape: workers keep to one while there is work of it."""
+    shapes: dict[str, list[Segment]] = {}
     for segment in sweep.segments:
-        key = stack_key(segment.recipe)
-        if key not in rates:
-            rates[key] = measured(segment.recipe, workers, slots)
-    seconds = {}
-    for segment in sweep.segments:
-        rate = rates[stack_key(segment.recipe)]
-        seconds[segment.node.id] = (segment.stop - segment.start) * rate["step"] + bool(segment.ends) * rate["validation"] \
-            + rate["write"]
-    return START_SECONDS + max(rate["start"] for rate in rates.values()) + schedule_length(sweep.segments, seconds, workers, slots)
+        shapes.setdefault(stack_key(segment.recipe), []).append(segment)
+    start, total = 0.0, START_SECONDS
+    for key, members in shapes.items():
+        rate = measured(members[0].recipe, workers, slots[key])
+        seconds = {s.node.id: (s.stop - s.start) * rate["step"] + bool(s.ends) * rate["validation"] + rate["write"] for s in members}
+        start, total = max(start, rate["start"]), total + schedule_length(members, seconds, workers, slots[key])
+    return total + start

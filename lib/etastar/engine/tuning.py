@@ -15,7 +15,8 @@ from etastar.values import decode, encode
 WAY_SECONDS = 1.0
 PART_TOKENS = (1024, 2048)  # a part of a batch whose activations a core's cache may hold
 STACKS = (1, 4)
-SMALL_STEP = 2**15  # floats of the residual stream: below, two runs in step save a tenth to a quarter of the time (LOG.md)
+SMALL_STEP = 2**15  # floats of the residual stream: from there down two runs in step, then more, save a tenth to half of the time (LOG.md)
+MOST_IN_STEP = 8
 LEAST_GAIN = 0.05  # another way than the plain one must save this share of the time
 COMPILE_SECONDS = 300.0  # compiling costs up to a minute and saves up to a quarter: shorter sweeps need not ask
 
@@ -78,8 +79,9 @@ def _timed(ways, tokens: int, workers: int) -> pd.DataFrame:
 
 
 def slots_chosen(recipe: Recipe, chosen: dict[str, dict]) -> int:
-    """Runs a worker trains in step, by what was chosen for the recipe's shape; where nothing was, 2 if its steps are very small."""
-    unasked = 2 if recipe.model.width * recipe.batch_tokens <= SMALL_STEP else 1
+    """Runs a worker trains in step, by what was chosen for the recipe's shape; where nothing was, 2 to 8 if its steps are very small."""
+    step = recipe.model.width * recipe.batch_tokens
+    unasked = 1 if step > SMALL_STEP else min(MOST_IN_STEP, max(2, SMALL_STEP // step))
     return chosen.get(stack_key(recipe.replace(execution=Execution())), {"slots": unasked})["slots"]
 
 

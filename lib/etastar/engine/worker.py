@@ -34,23 +34,24 @@ POLL_SECONDS = 0.4  # how long a worker trains between looks at its input
 
 @dataclasses.dataclass
 class Task:
-    """One segment as a worker gets it; `ends` are the recipes whose runs end with it."""
+    """One segment as a worker gets it; `ends` are the recipes whose runs end with it, `slots` the stack it is to be trained in."""
 
     recipe: Recipe
     parent: Node | None
     node: Node
     ends: tuple[Recipe, ...]
+    slots: int
 
     def to_json(self) -> dict:
         """For the pipe to a worker process."""
         return {"recipe": self.recipe.to_json(), "parent": self.parent and dataclasses.astuple(self.parent),
-                "node": dataclasses.astuple(self.node), "ends": [recipe.to_json() for recipe in self.ends]}
+                "node": dataclasses.astuple(self.node), "ends": [recipe.to_json() for recipe in self.ends], "slots": self.slots}
 
     @staticmethod
     def from_json(body: dict) -> "Task":
         """What `to_json` wrote."""
         return Task(Recipe.from_json(body["recipe"]), Node(*body["parent"]) if body["parent"] else None,
-                    Node(*body["node"]), tuple(Recipe.from_json(text) for text in body["ends"]))
+                    Node(*body["node"]), tuple(Recipe.from_json(text) for text in body["ends"]), body["slots"])
 
 
 class Job:
@@ -76,14 +77,14 @@ class Job:
 
 
 class Worker:
-    """The slots of one process. `take(free, wait)` gives tasks (None: stop); `report(body)` tells what happened.
+    """The slots of one process. `take(wait)` gives tasks (None: stop); `report(body)` tells what happened.
 
     `clock` holds the seconds spent: compiling (first steps of a compiled stack), training, validating, loading, writing, waiting.
     """
 
-    def __init__(self, store: Store, slots: int, observe: Observe, snapshot_seconds: float = 60.0):
-        self.store, self.slots, self.observe, self.snapshot_seconds = store, slots, observe, snapshot_seconds
-        self.jobs: list[Job | None] = [None] * slots
+    def __init__(self, store: Store, observe: Observe, snapshot_seconds: float = 60.0):
+        self.store, self.observe, self.snapshot_seconds = store, observe, snapshot_seconds
+        self.jobs: list[Job | None] = []
         self.waiting: list[Task] = []
         self.stack: SlotStack | None = None
         self.new_stack = False
@@ -99,6 +100,11 @@ class Worker:
             self.clock[part] += time.perf_counter() - began
 
     @property
+    def tasks(self) -> list[Task]:
+        """What it holds: in its slots and waiting for one."""
+        return [job.task for job in self.jobs if job] + self.waiting
+
+    @property
     def busy(self) -> bool:
         """Whether any slot is training."""
         return any(self.jobs)
@@ -107,7 +113,7 @@ class Worker:
         """Train what `take` gives until it gives None; then save where every slot stands."""
         while True:
             with self._clocked("waiting"):
-                tasks = take(self.jobs.count(None) - len(self.waiting), not self.busy and not self.waiting)
+                tasks = take(not self.tasks)
             if tasks is None:
                 return self._park()
             self.waiting += tasks
@@ -116,13 +122,13 @@ class Worker:
                 self._advance(report)
 
     def _fill(self, report) -> None:
-        while self.waiting and None in self.jobs:
+        while self.waiting and (None in self.jobs or not self.busy):
             task = self.waiting[0]
             if self.stack is None or self.stack.key != stack_key(task.recipe):
                 if self.busy:
                     return
                 with self._clocked("loading"):
-                    self.stack, slots = verified(functools.partial(_build, task.recipe, self.observe), self.slots)
+                    self.stack, slots = verified(functools.partial(_build, task.recipe, self.observe), task.slots)
                 self.jobs = [None] * slots
                 self.chunk_steps, self.new_stack = 4, True
             self.waiting.pop(0)
@@ -254,7 +260,7 @@ def main() -> None:
         except BrokenPipeError:
             inbox.put(None)
 
-    def take(free, wait):
+    def take(wait):
         tasks = []
         while True:
             try:
@@ -265,7 +271,7 @@ def main() -> None:
                 return None
             tasks.append(Task.from_json(json.loads(line)))
 
-    worker = Worker(Store(config["store"]), config["slots"], Observe.from_meta(config), config["snapshot_seconds"])
+    worker = Worker(Store(config["store"]), Observe.from_meta(config), config["snapshot_seconds"])
     try:
         worker.work(take, report)
         report({"clock": worker.clock})

@@ -11,10 +11,17 @@ from etastar.plots.cooldown import (
     published_lengths,
     published_shapes,
 )
+from etastar.plots.laws import law_lines, recommendation
+from etastar.plots.noise import noise_levels, pairing
+from etastar.plots.power_laws import local_slopes, power_sensitivity, prediction, regrets, valley_bowls, valley_lines
+from etastar.plots.published_laws import batch_exponents, exponent_estimates, law_costs, law_map
 from etastar.plots.style import LINES, LOSS, MARKERS, STYLE, Drawing, save
+from etastar.plots.tune import tuned
 
 __all__ = [
-    "LINES", "LOSS", "MARKERS", "STYLE", "UNITS", "VERDICT_MARKS", "Drawing", "averaging_spans", "law_predictions", "length_lines",
-    "loss_curves", "loss_on_line", "lr_bowls", "overshoot", "paired_differences", "perplexity_lines", "published_lengths",
-    "published_shapes", "save", "schedule_lines", "verdict_forest",
+    "LINES", "LOSS", "MARKERS", "STYLE", "UNITS", "VERDICT_MARKS", "Drawing", "averaging_spans", "batch_exponents", "exponent_estimates",
+    "law_costs", "law_lines", "law_map", "law_predictions", "length_lines", "local_slopes", "loss_curves", "loss_on_line", "lr_bowls",
+    "noise_levels", "overshoot", "paired_differences", "pairing", "perplexity_lines", "power_sensitivity", "prediction",
+    "published_lengths", "published_shapes", "recommendation", "regrets", "save", "schedule_lines", "tuned", "valley_bowls", "valley_lines",
+    "verdict_forest",
 ]

@@ -3,7 +3,8 @@
 import importlib
 from types import ModuleType
 
-STUDIES = {"01_cosine_vs_wsd": "cosine_vs_wsd", "02_cooldown": "cooldown", "03_averaging": "averaging"}
+STUDIES = {"01_cosine_vs_wsd": "cosine_vs_wsd", "02_cooldown": "cooldown", "03_averaging": "averaging",
+           "04_power_laws": "power_laws"}
 PRESETS = ("smoke", "cpu", "night", "gpu", "paper")
 
 

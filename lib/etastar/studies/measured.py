@@ -141,7 +141,7 @@ def measure(frame: pd.DataFrame, first: Recipe, bowl_arms: Mapping[str, tuple[st
     params = count_parameters(first.model, first.corpus.vocab)["total"]
     bowls, refused, tuned = {}, {}, {}
     for name, (arm, tokens) in bowl_arms.items():
-        rows = _with_bowl(frame[(frame.arm == arm) & (frame.horizon_tokens == tokens)])
+        rows = with_bowl(frame[(frame.arm == arm) & (frame.horizon_tokens == tokens)])
         try:
             bowls[name] = fit_bowl(rows.peak_lr, rows.loss, rows.seed)
             tuned[name] = cross_fitted(rows.peak_lr, rows.loss, rows.seed)
@@ -177,7 +177,7 @@ def beyond_edges(runs, frame: pd.DataFrame, bowl_arms) -> list[Recipe]:
     """Recipes one grid step beyond the edge, for every arm and horizon whose mean bowl has its best rate there."""
     more, by_id = [], {r.recipe.run_id: r.recipe for r in runs}
     for _, rows in frame[frame.arm.isin(list(bowl_arms))].groupby(["arm", "horizon_tokens"]):
-        rows = _with_bowl(rows)
+        rows = with_bowl(rows)
         mean = rows.groupby("peak_lr").loss.mean()  # NaN where a seed diverged: no extension beyond that
         if len(mean) < 3 or mean.isna().all() or mean.idxmin() not in (mean.index[0], mean.index[-1]):
             continue
@@ -210,7 +210,7 @@ def between_tuned(m: Measurements, a: str, b: str) -> dict[str, Contrast]:
     return found
 
 
-def _with_bowl(rows: pd.DataFrame) -> pd.DataFrame:
+def with_bowl(rows: pd.DataFrame) -> pd.DataFrame:
     """The runs of the seeds that have most rates, at the rates that all of them have."""
     rates = rows.groupby("seed").peak_lr.transform("nunique")
     rows = rows[rates == rates.max()]
@@ -220,16 +220,17 @@ def _with_bowl(rows: pd.DataFrame) -> pd.DataFrame:
 # -- verdicts and controls ---------------------------------------------------------------------------------------------
 
 
-def judge(study: str, contrast_of: Mapping[str, str], m: Measurements, presets: Mapping[str, Design]) -> list[Finding]:
+def judge(study: str, contrast_of: Mapping[str, str], m: Measurements, presets: Mapping[str, Design],
+          published=published_findings) -> list[Finding]:
     """A live finding for every registered claim of a study, untested where these runs do not speak of it; then the logs' findings.
 
-    `contrast_of` names the contrast a claim is judged by. What is too small to count names the cpu preset as the mend, what these runs
-    do not speak of the night preset.
+    `contrast_of` names the contrast a claim is judged by, `published` gives the findings of the study's published logs. What is too
+    small to count names the cpu preset as the mend, what these runs do not speak of the night preset.
     """
     too_small, elsewhere = (f"`make reproduce PRESET={preset} STUDY={study}` tests it ({presets[preset].minutes:.0f} minutes on two cores)"
                             for preset in ("cpu", "night"))
     live = [_judge_one(claim, contrast_of[claim.id], m, too_small, elsewhere) for claim in load_claims(study).values()]
-    return live + published_findings(study)
+    return live + published(study)
 
 
 def _judge_one(claim, name: str, m: Measurements, too_small: str, elsewhere: str) -> Finding:
@@ -269,8 +270,8 @@ def controls(m: Measurements, study: str, margin_claim: str, planted_claim: str,
     if contrast not in m.contrasts:
         made.append(not_run(PLANTED, f"no run speaks of {contrast}"))
     else:
-        pooled = m.pooled[m.contrasts[contrast].family]
-        sd = pooled.sd or float(np.std(m.contrasts[contrast].per_seed, ddof=1))
+        pooled = m.pooled.get(m.contrasts[contrast].family)
+        sd = (pooled and pooled.sd) or float(np.std(m.contrasts[contrast].per_seed, ddof=1))
         made.append(planted_control(claims[planted_claim], sd, len(m.contrasts[contrast].per_seed), seed=0))
     return made
 
