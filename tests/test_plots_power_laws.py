@@ -82,7 +82,7 @@ def bowls():
 def knobs():
     rows = [("η_p", x, s, 2.0 ** (x - 7), 3.72 + 0.02 * x**2 + 0.01 * s) for x in (-2, -1, 0, 1, 2) for s in (0, 2)]
     rows += [("b", -3 * (b + 0.51), s, b, 3.72 + 0.3 * (b + 0.51) ** 2 + 0.01 * s)
-             for b in (-1, -0.75, -0.53, -0.51, -0.25, 0) for s in (0, 2)]
+             for b in (-1, -0.75, -0.51, -0.49, -0.25, 0) for s in (0, 2)]
     return pd.DataFrame(rows, columns=["knob", "octaves", "seed", "value", "loss"])
 
 
@@ -288,9 +288,11 @@ def test_best_rates_lie_on_the_line_of_the_means_and_edges_are_open(figures, cel
 def test_a_bowl_of_which_every_run_diverged_is_crosses_alone(bowls, cells):
     bowls, cells = bowls.copy(), cells.copy()
     bowls.loc[bowls["horizon_tokens"] == 2**22, "loss"] = np.nan
-    cells.loc[4, ["best_lr", "low", "high"]] = np.nan
+    cells.loc[[0, 4], ["best_lr", "low", "high"]] = np.nan
+    cells.loc[0, "edge"] = "wall"
     fig = plots.valley_bowls(bowls, cells, "horizon_tokens")
     assert len(_crosses(fig.axes[0])[-1][0]) == 36 and len(_faint(fig.axes[0])[-1][0]) == 0
+    assert len([line for line in fig.axes[0].get_lines() if line.get_markersize() == 9]) == 3 and not _arrows(fig.axes[0])
     _assert_text_is_whole_and_apart(fig)
     none = plots.valley_bowls(bowls.assign(loss=np.nan), cells, "horizon_tokens")
     assert sum(len(x) for x, _ in _crosses(none.axes[0])) == len(bowls)
@@ -308,14 +310,14 @@ def test_both_knobs_share_an_axis_of_octaves(figures):
     ax = figures["knobs"].axes[0]
     means = [_xy(line) for line in ax.get_lines() if line.get_marker() == "None" and len(line.get_xdata()) > 2]
     assert means[0][0].tolist() == [-2, -1, 0, 1, 2] and means[0][1] == pytest.approx([3.81, 3.75, 3.73, 3.75, 3.81])
-    assert means[1][0] == pytest.approx([-1.53, -0.78, 0, 0.06, 0.72, 1.47])
+    assert means[1][0] == pytest.approx([-1.53, -0.78, -0.06, 0, 0.72, 1.47])
     assert [len(x) for x, _ in _faint(ax)] == [10, 12] and _legend(figures["knobs"]) == [r"$\eta_p$", "$b$"]
 
 
 def test_values_of_b_stand_above_the_setting_first(figures):
     above = figures["knobs"].axes[0].child_axes[0]
     told = dict(zip([tick.get_text() for tick in above.get_xticklabels()], above.get_xticks(), strict=True))
-    assert told == pytest.approx({"−1": 1.47, "−0.75": 0.72, "−0.51": 0, "−0.25": -0.78, "0": -1.53})  # −0.53 would lie over −0.51
+    assert told == pytest.approx({"−1": 1.47, "−0.75": 0.72, "−0.51": 0, "−0.25": -0.78, "0": -1.53})  # −0.49 would lie over −0.51
     assert not figures["bare knobs"].axes[0].child_axes
 
 

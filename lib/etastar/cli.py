@@ -173,8 +173,19 @@ def _plan(options):
         module, preset = study
         shown["power"] = module.power(preset, minutes=options.minutes)
         if options.resolve:
-            shown["resolve"] = module.resolve(preset, options.resolve)
+            plan = module.design(preset, options.minutes)
+            shown["resolve"] = plan.resolve(options.resolve, _measured_sd(plan, options.store))
     _show(shown, options)
+
+
+def _measured_sd(plan, store) -> float | None:
+    """How much paired runs near a design's scale differ from seed to seed in a store (nats); None where none were trained."""
+    from etastar.studies.noise import from_store
+
+    try:
+        return from_store(store).sd_for(plan.model.width, plan.horizon_tokens, paired=True).sd
+    except ValueError:
+        return None
 
 
 def _meant_for_another_machine(recipes) -> bool:

@@ -194,4 +194,4 @@ def test_every_claim_has_its_contrast():
 def test_the_power_plan():
     table = study.power("cpu").set_index("contrast")
     assert table.loc["linear 20 % − cos10", "seeds"] == len(PLAN.all_seeds) and table.detectable_nats.gt(0).all()
-    assert study.resolve("cpu", 0.002)["seeds"] > PLAN.seed_count
+    assert study.design("cpu").resolve(0.002)["seeds"] > PLAN.seed_count

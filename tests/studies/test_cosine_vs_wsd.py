@@ -146,5 +146,5 @@ def test_names_of_studies_and_presets():
 def test_the_power_plan():
     table = study.power("cpu").set_index("contrast")
     assert table.loc["cos0 − cos10", "seeds"] == PLAN.seed_count
-    told = study.resolve("cpu", 0.002)
+    told = study.design("cpu").resolve(0.002)
     assert told["seeds"] > PLAN.seed_count and told["minutes"] == pytest.approx(PLAN.minutes * told["seeds"] / PLAN.seed_count)

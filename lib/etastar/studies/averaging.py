@@ -277,8 +277,3 @@ def power(preset: str, minutes: float | None = None) -> pd.DataFrame:
             ("lawa − swa", every, 1, 1.0, plan.branch_sd_nats)]
     return power_table([{"contrast": name, "runs": runs * seeds, "seeds": seeds, "tokens": round(seeds * share * plan.horizon_tokens),
                          "sd": sd, "slope": plan.slope_nats} for name, seeds, runs, share, sd in rows])
-
-
-def resolve(preset: str, effect_nats: float) -> dict:
-    """Seeds that resolve an effect in nats with 80 % power at the pilot's deviation, and the minutes they take."""
-    return COOLDOWN[preset].resolve(effect_nats)

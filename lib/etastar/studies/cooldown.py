@@ -353,9 +353,3 @@ def power(preset: str, minutes: float | None = None) -> pd.DataFrame:
             ("1-sqrt 50 % − cosine 50 %", some, 1.5, plan.branch_sd_nats), ("continued trunk − re-warmed cosine", some, 3.0, plan.sd_nats)]
     return power_table([{"contrast": name, "runs": 2 * seeds, "seeds": seeds, "tokens": round(seeds * share * plan.horizon_tokens),
                          "sd": sd, "slope": plan.slope_nats} for name, seeds, share, sd in rows])
-
-
-def resolve(preset: str, effect_nats: float) -> dict:
-    """Seeds that resolve an effect in nats with 80 % power at the pilot's deviation, and the minutes they take."""
-    return COOLDOWN[preset].resolve(effect_nats)
-

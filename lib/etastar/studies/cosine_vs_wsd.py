@@ -185,10 +185,6 @@ def power(preset: str, minutes: float | None = None) -> pd.DataFrame:
     return power_table([row | {"sd": plan.sd_nats, "slope": plan.slope_nats} for row in rows])
 
 
-def resolve(preset: str, effect_nats: float) -> dict:
-    """Seeds that resolve an effect in nats with 80 % power at the pilot's deviation, and the minutes they take."""
-    return COSINE_VS_WSD[preset].resolve(effect_nats)
-
 
 def interpretation(measured: Measurements, findings: list[Finding]) -> str:
     """What the figures show, in sentences whose every number is computed."""

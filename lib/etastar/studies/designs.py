@@ -73,10 +73,11 @@ class Design:
                       horizon_tokens=horizon_tokens, parametrization=self.parametrization, seed=seed, execution=self.execution,
                       **{"optimizer": self.optimizer, **changes})
 
-    def resolve(self, effect_nats: float) -> dict:
-        """Seeds that resolve an effect in nats with 80 % power at the pilot's deviation, and the minutes they take."""
-        seeds = seeds_needed(self.sd_nats, effect_nats)
-        return {"effect_nats": effect_nats, "effect_tokens": effect_nats / self.slope_nats, "sd_nats": self.sd_nats, "seeds": seeds,
+    def resolve(self, effect_nats: float, sd_nats: float | None = None) -> dict:
+        """Seeds that resolve an effect in nats with 80 % power and the minutes they take, at a deviation measured or the pilot's."""
+        sd_nats = sd_nats or self.sd_nats
+        seeds = seeds_needed(sd_nats, effect_nats)
+        return {"effect_nats": effect_nats, "effect_tokens": effect_nats / self.slope_nats, "sd_nats": sd_nats, "seeds": seeds,
                 "minutes": self.minutes * seeds / self.seed_count}
 
     def scaled(self, minutes: float | None) -> "Design":

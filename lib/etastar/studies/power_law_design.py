@@ -10,6 +10,7 @@ from etastar.studies.designs import PAPER, PYTHON, SMALL, TINY, Design
 POWER_B = -0.51  # arXiv 2408.13359
 COOLDOWN = {"cooldown_fraction": 0.1, "shape": "exponential"}  # of its runs, to 0
 FIXED_FLOOR = 2.0**-12  # where "wsd to a fixed rate" ends, whatever its peak, as arXiv 2503.04715's cosines do
+CONTROL_SEEDS = 4  # that the A/A control needs: where a preset has fewer, the shortest horizons have more
 WSD_KINDS = ("wsd", "wsd to 10 %", "wsd to a fixed rate", "wsd, warm-up 5 %", "wsd, no decay")
 
 
@@ -71,13 +72,15 @@ class PowerLawDesign(Design):
         """All of a preset, the primary claims' first."""
         every, some, main = tuple(self.seeds), tuple(self.seeds[: self.some_count]), (self.batch_tokens, self.model.width)
         made = [Cell("wsd", tokens, *main, self._rates(tokens), every) for tokens in self.horizons]
+        spare = tuple(self.first_seed + i for i in range(self.seed_count, CONTROL_SEEDS))
+        made += [Cell("wsd", tokens, *main, self._rates(tokens), spare) for tokens in self.horizons[:2]]
         made += [Cell("wsd", self.middle_tokens, batch, self.model.width, rates, some) for batch, rates in self.batches]
         made += [Cell("wsd", self.width_tokens, self.batch_tokens, width, rates, some) for width, rates in self.widths]
         for where in self._one_setting():
             made += [Cell("power", *where, (self.power_cap,), some), Cell("wsd", *where, (self.wsd_rate,), some),
                      Cell("cosine", *where, (self.cosine_rate,), some)]
         at = ("power", self.middle_tokens, *main, (self.power_cap,), some)
-        made += [Cell(*at, b=POWER_B + more) for more in self.knobs[0]] + [Cell(*at, octaves=more) for more in self.knobs[1]]
+        made += [Cell(*at, b=round(POWER_B + more, 6)) for more in self.knobs[0]] + [Cell(*at, octaves=more) for more in self.knobs[1]]
         if self.factorial:
             three = [self.horizons[0], self.middle_tokens, self.horizons[-1]]
             grown = [(tokens, self.batch_tokens << k, self.model.width) for k, tokens in enumerate(three)]
@@ -153,7 +156,7 @@ POWER_LAWS = {
         one_setting_batches=(128, 2048), knobs=((-0.5, -0.25, 0.25, 0.5), (-1.0, -0.5, 0.5, 1.0)), factorial=True, minutes=330.0,
     ),
     "gpu": PowerLawDesign(
-        model=SMALL, corpus=Corpus("python", vocab=1024), batch_tokens=8192, horizon_steps=4096, warmup_steps=48, seed_count=4, centre=-7.5,
+        model=SMALL, corpus=Corpus("python", vocab=1024), batch_tokens=8192, horizon_steps=4096, warmup_steps=12, seed_count=4, centre=-7.5,
         offsets=(-2.0, -1.0, 0.0, 1.0, 2.0), middle_tokens=2**23, width_tokens=2**22, parametrization=MuP(base_width=128, init_std=0.05),
         batches=((2048, (-9.5, -8.5, -7.5, -6.5)), (4096, (-9.0, -8.0, -7.0, -6.0)), (16_384, (-8.5, -7.5, -6.5, -5.5)),
                  (32_768, (-8.0, -7.0, -6.0, -5.0))),

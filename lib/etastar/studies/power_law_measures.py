@@ -225,7 +225,7 @@ def regrets(grid: Grid, m: Measurements, slopes: dict[int, float], name_of) -> p
         label = f"2^{math.log2(cell[0]):g} tokens, batch {cell[1]}, width {cell[2]}"
         rows += [{"method": method, "cell": label, "seed": seed, "loss": loss, "regret": loss - tuned[seed][1],
                   "regret_tokens": (loss - tuned[seed][1]) / abs(slopes[cell[0]])}
-                 for method, by_seed in losses.items() for seed, loss in by_seed.items() if seed in tuned]
+                 for method, by_seed in losses.items() for seed, loss in by_seed.items() if seed in tuned and seed in losses[POWER]]
     return pd.DataFrame(rows)
 
 
