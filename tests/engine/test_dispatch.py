@@ -56,4 +56,12 @@ def test_the_smaller_the_step_the_more_runs_a_worker_trains_in_it(tmp_path):
              for s in range(32)]
         return default_layout(prepare_sweep(r, tmp_path), 2, None)[1][stack_key(r[0])]
 
-    assert [slots(batch) for batch in (2048, 1024, 512, 256, 128, 64)] == [1, 2, 2, 4, 8, 8]
+    assert [slots(batch) for batch in (2048, 1024, 512, 256, 128, 64)] == [1, 2, 4, 8, 8, 8]
+
+
+def test_runs_are_trained_in_step_so_that_no_worker_is_left_with_a_few(tmp_path):
+    def slots(count, batch=64):
+        r = [recipe(64, seed=s, batch_tokens=batch, horizon_tokens=64 * batch) for s in range(count)]
+        return default_layout(prepare_sweep(r, tmp_path), 2, None)[1][stack_key(r[0])]
+
+    assert [slots(n) for n in (1, 3, 9, 10, 16, 20)] == [1, 2, 5, 5, 8, 5]

@@ -30,8 +30,8 @@ def world(horizon=-0.51, batch=1.0, width=0.0, noise=0.002, seed=0, power=0.0, c
         if kind_of(r) == "cosine":
             cost = cosine
         elif kind_of(r).startswith("power"):
-            at = [math.log2(float(r.schedule.rate_at(n, batch_tokens=r.batch_tokens, eta_max=math.inf))) for n in (tokens / 4, 0.9 * tokens)]
-            cost = power + 0.02 * (at[0] + 6.48) ** 2 * (tokens == plan.middle_tokens and w == 32 and r.batch_tokens == 256) \
+            at = math.log2(float(r.schedule.rate_at(tokens / 4, batch_tokens=r.batch_tokens, eta_max=math.inf)))
+            cost = power + 0.02 * (at + 6.48) ** 2 * (tokens == plan.middle_tokens and w == 32 and r.batch_tokens == 256) \
                 + 0.3 * (r.schedule.b - POWER_B) ** 2
         loss = 4.0 - 0.25 * math.log(tokens / plan.middle_tokens) + cost
         runs.append(FakeRun(r, loss + shift.setdefault(r.seed, rng.normal(0, 0.02)) + rng.normal(0, noise)))
@@ -41,7 +41,7 @@ def world(horizon=-0.51, batch=1.0, width=0.0, noise=0.002, seed=0, power=0.0, c
 @pytest.mark.parametrize("preset", POWER_LAWS)
 def test_every_preset_keeps_the_rules_of_design(preset):
     plan, recipes = POWER_LAWS[preset], study.recipes(preset)
-    assert len(set(recipes)) == len(recipes) and min(r.seed for r in recipes) >= 4000
+    assert len(set(recipes)) == len(recipes) and min(r.seed for r in recipes) >= 6000
     wsd = [r for r in recipes if kind_of(r) == "wsd"]
     assert {r.batch_tokens for r in wsd} == {plan.batch_tokens, *(b for b, _ in plan.batches)}
     if preset != "smoke":
@@ -51,11 +51,10 @@ def test_every_preset_keeps_the_rules_of_design(preset):
         assert max(batches) >= 16 * min(batches)
 
 
-def test_a_power_schedule_is_below_its_cap_for_four_fifths_of_a_run_at_the_middle_horizon_and_beyond():
-    for r in study.recipes("cpu"):
-        if isinstance(r.schedule, es.Power) and r.batch_tokens == PLAN.batch_tokens and r.horizon_tokens >= PLAN.middle_tokens and (
-                r.schedule == Grid.of(world()).power):
-            assert (r.lr() < r.peak_lr).mean() >= 0.8
+def test_the_power_schedule_is_below_its_cap_for_four_fifths_of_every_run_at_the_one_setting():
+    own = Grid.of(world()).power
+    capped = [(r.lr() == r.peak_lr).mean() for r in study.recipes("cpu") if r.schedule == own]
+    assert len(capped) >= 5 * PLAN.seed_count and max(capped) <= 0.2
 
 
 def test_turning_b_moves_no_rate_at_a_quarter_of_the_run_and_an_end_by_an_octave():
@@ -167,6 +166,7 @@ def test_the_figures_and_the_words_hold_what_was_measured():
 
 def test_minutes_halve_the_horizons_together():
     plan = study.design("cpu", 1.0)
-    assert plan.horizon_steps < PLAN.horizon_steps and plan.horizon_tokens // plan.middle_tokens == PLAN.horizon_tokens // PLAN.middle_tokens
+    assert plan.horizon_steps < PLAN.horizon_steps
+    assert plan.horizon_tokens // plan.middle_tokens == PLAN.horizon_tokens // PLAN.middle_tokens
     assert len(study.recipes("cpu", 1.0)) > 0 and plan.seed_count >= 2
     assert {"horizon exponent", "batch exponent", "power − wsd, one LR"} == set(study.power("cpu").contrast)

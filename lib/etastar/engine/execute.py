@@ -221,14 +221,13 @@ def default_layout(sweep: Sweep, workers: int | None, slots: int | None) -> tupl
     On a CPU workers are one-thread processes, on a GPU one process with a stack.
     """
     _check_layout(workers, slots)
-    shapes: dict[str, list[Recipe]] = {}
+    shapes: dict[str, list[Segment]] = {}
     for segment in sweep.segments:
-        shapes.setdefault(stack_key(segment.recipe), []).append(segment.recipe)
+        shapes.setdefault(stack_key(segment.recipe), []).append(segment)
     if sweep.segments[0].recipe.execution.device == "cuda":
-        return workers or 1, {key: slots or gpu_slots(members) for key, members in shapes.items()}
+        return workers or 1, {key: slots or gpu_slots([s.recipe for s in members]) for key, members in shapes.items()}
     workers = min(workers or cores(), len(sweep.segments))
-    return workers, {key: slots or max(1, min(slots_chosen(members[0], sweep.chosen), len(members) // workers))
-                     for key, members in shapes.items()}
+    return workers, {key: slots or slots_chosen(members, workers, sweep.chosen) for key, members in shapes.items()}
 
 
 def _check_layout(workers: int | None, slots: int | None) -> None:

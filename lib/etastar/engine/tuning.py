@@ -8,6 +8,7 @@ import dataclasses
 import pandas as pd
 
 from etastar.engine.measure import measured_ways
+from etastar.engine.plan import Segment, schedule_length
 from etastar.engine.slots import stack_key
 from etastar.recipe import Execution, Recipe
 from etastar.values import decode, encode
@@ -15,8 +16,9 @@ from etastar.values import decode, encode
 WAY_SECONDS = 1.0
 PART_TOKENS = (1024, 2048)  # a part of a batch whose activations a core's cache may hold
 STACKS = (1, 4)
-SMALL_STEP = 2**15  # floats of the residual stream: from there down two runs in step, then more, save a tenth to half of the time (LOG.md)
-MOST_IN_STEP = 8
+SMALL_STEP = 2**15  # floats of a residual stream: from there down, runs in step save a tenth to two thirds of the time (LOG.md)
+FIXED_STEP = 2**13  # floats that take as long as what a step costs whatever is in it
+MOST_IN_STEP, MOST_FLOATS = 8, 2**16  # of all runs in step: more leave the cache
 LEAST_GAIN = 0.05  # another way than the plain one must save this share of the time
 COMPILE_SECONDS = 300.0  # compiling costs up to a minute and saves up to a quarter: shorter sweeps need not ask
 
@@ -78,11 +80,24 @@ def _timed(ways, tokens: int, workers: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def slots_chosen(recipe: Recipe, chosen: dict[str, dict]) -> int:
-    """Runs a worker trains in step, by what was chosen for the recipe's shape; where nothing was, 2 to 8 if its steps are very small."""
-    step = recipe.model.width * recipe.batch_tokens
-    unasked = 1 if step > SMALL_STEP else min(MOST_IN_STEP, max(2, SMALL_STEP // step))
-    return chosen.get(stack_key(recipe.replace(execution=Execution())), {"slots": unasked})["slots"]
+def slots_chosen(segments: list[Segment], workers: int, chosen: dict[str, dict]) -> int:
+    """Runs a worker trains in step: what was chosen for the shape of these segments, else as many as end them soonest.
+
+    Steps that are not very small are best trained one run at a time. For small ones it is a matter of their fixed cost against
+    workers that are left with a few runs at the end.
+    """
+    recipe = segments[0].recipe
+    held = chosen.get(stack_key(recipe.replace(execution=Execution())))
+    if held is not None:
+        return max(1, min(held["slots"], len(segments) // workers))
+    floats = recipe.model.width * recipe.batch_tokens
+
+    def length(slots: int) -> float:
+        seconds = {s.node.id: (s.stop - s.start) * (FIXED_STEP / floats + slots) for s in segments}
+        return schedule_length(segments, seconds, workers, slots)
+
+    most = 1 if floats > SMALL_STEP else min(MOST_IN_STEP, MOST_FLOATS // floats, -(-len(segments) // workers))
+    return min(range(1, most + 1), key=length)
 
 
 def tuned(recipes: list[Recipe], workers: int, held: dict[str, dict]) -> tuple[list[Recipe], dict[str, dict]]:

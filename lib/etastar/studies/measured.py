@@ -253,17 +253,15 @@ def _judge_one(claim, name: str, m: Measurements, too_small: str, elsewhere: str
     return judge_claim(claim, estimate, evidence="live", scale=scale, matching=False)
 
 
-def controls(m: Measurements, study: str, margin_claim: str, planted_claim: str, contrast: str, alike=None) -> list[Control]:
+def controls(m: Measurements, study: str, margin_claim: str, planted_claim: str, contrast: str) -> list[Control]:
     """A/A, known truth and planted truths, on these very runs; none where the runs are too small to count.
 
-    A/A is on the runs `alike` (rows of the frame; None: those of the study's horizon). Truths are planted for `planted_claim` at the
-    noise of its `contrast`, pooled where its family is.
+    Truths are planted for `planted_claim` at the noise of its `contrast`, pooled where its family is.
     """
     if not m.counts:
         return []
-    at = m.frame[m.frame.horizon_tokens == m.horizon_tokens] if alike is None else alike
-    cells = {f"{arm} at {lr:.3g} over {tokens:,}": rows.sort_values("seed").loss.to_numpy()
-             for (arm, lr, tokens), rows in at.groupby(["arm", "peak_lr", "horizon_tokens"])}
+    at = m.frame[m.frame.horizon_tokens == m.horizon_tokens]
+    cells = {f"{arm} at {lr:.3g}": rows.sort_values("seed").loss.to_numpy() for (arm, lr), rows in at.groupby(["arm", "peak_lr"])}
     made, claims = [aa_control(cells)], load_claims(study)
     if len(m.slope):
         made.append(truth_control(m.halving["half"], m.halving["whole"], claims[margin_claim].margin * abs(float(m.slope.mean()))))

@@ -117,14 +117,14 @@ def valleys(grid: Grid) -> tuple[dict[str, Valley], dict[str, str]]:
 def valley_of(rows: pd.DataFrame, axis: str, seeds: bool = True) -> Valley:
     """The valley of some bowls; `seeds` False where they are of one seed. A skew is fitted where the rates leave enough to tell it."""
     rates = rows.groupby(CELL).peak_lr.nunique()
-    return fit_valley({AXES[axis]: rows[AXES[axis]].to_numpy(float)}, rows.peak_lr, rows.loss, rows.seed if seeds else None,
+    return fit_valley({axis: rows[AXES[axis]].to_numpy(float)}, rows.peak_lr, rows.loss, rows.seed if seeds else None,
                       skew=bool((rates - 1).sum() >= LEAST_FOR_SKEW))
 
 
 def vertices(found: dict[str, Valley]) -> pd.DataFrame:
     """One row an axis and cell: value, best_lr with its interval, whether it is at an edge."""
-    return pd.concat([v.cells.assign(axis=axis, value=v.cells[AXES[axis]]).drop(columns=AXES[axis]) for axis, v in found.items()],
-                     ignore_index=True) if found else pd.DataFrame()
+    rows = [v.cells.rename(columns={axis: "value"}).assign(axis=axis) for axis, v in found.items()]
+    return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
 
 
 def exponents(grid: Grid, found: dict[str, Valley]) -> pd.DataFrame:
@@ -139,7 +139,7 @@ def exponents(grid: Grid, found: dict[str, Valley]) -> pd.DataFrame:
 
 
 def _exponent_row(axis: str, kind: str, valley: Valley, bend) -> dict:
-    values = valley.cells[AXES[axis]]
+    values = valley.cells[axis]
     row = {"along": axis, "kind": kind, "exponent": valley.exponents[0], "low": valley.exponents_low[0], "high": valley.exponents_high[0],
            "least": values.min(), "most": values.max(), "cells": len(values), "seeds": len(valley.seeds), "scatter_nats": valley.scatter}
     return row | ({"slope_an_octave": bend[0], "slope_low": bend[1], "slope_high": bend[2]} if bend else {})
@@ -184,7 +184,7 @@ def predicted(grid: Grid) -> pd.DataFrame:
     for seed, own in rows.groupby("seed"):
         try:
             short = valley_of(own[own.horizon_tokens <= longest / 4], "horizon", seeds=False)
-            cells = valley_of(own, "horizon", seeds=False).cells.set_index("horizon_tokens")
+            cells = valley_of(own, "horizon", seeds=False).cells.set_index("horizon")
         except ValueError:
             continue
         guess = float(short.predict([float(longest)])[0])
@@ -245,8 +245,8 @@ def _one_rate(grid: Grid, where) -> dict[int, float]:
     """By seed the one rate of WSD for all cells: of those run in all, the best of the other seeds at the middle horizon."""
     bowls = {cell: grid.bowl(*cell) for cell in where}
     rates = set.intersection(*(set(rows.peak_lr) for rows in bowls.values())) if bowls else set()
-    middle = bowls.get((grid.knob_tokens, *grid.main))
-    if not rates or middle is None or middle.empty:
+    middle = grid.bowl(grid.knob_tokens, *grid.main)
+    if not rates or middle.empty:
         return {}
     losses = middle[middle.peak_lr.isin(rates)].pivot_table(index="seed", columns="peak_lr", values="loss")
     if len(losses) < 2:
@@ -295,7 +295,7 @@ def exponent_contrasts(grid: Grid, found: dict[str, Valley], ahead: pd.DataFrame
     """What the claims on exponents are judged by; an exponent over less than a 16-fold range or from shorter runs is left out."""
     made, by_seed = {}, {}
     for axis, valley in found.items():
-        values, rows = valley.cells[AXES[axis]], grid.along(axis)
+        values, rows = valley.cells[axis], grid.along(axis)
         by_seed[axis] = pd.Series([e[0] for e in valley.exponents_per_seed], index=valley.seeds)
         wide, tokens = values.max() / values.min(), int(rows.horizon_tokens.max())
         if rows.steps.min() >= LEAST_STEPS and axis == "width":

@@ -24,7 +24,7 @@ from etastar.studies import measured as common
 from etastar.studies import power_law_measures as measures
 from etastar.studies import power_laws_published as published
 from etastar.studies.measured import Measurements
-from etastar.studies.power_law_design import CONTROL_SEEDS, POWER_LAWS, PowerLawDesign
+from etastar.studies.power_law_design import POWER_LAWS, PowerLawDesign
 from etastar.studies.power_law_measures import AXES, COSINE, FIXED, LAW, POWER, Grid, arm_of, bowl_name, kind_of
 
 STUDY = "04_power_laws"
@@ -94,9 +94,7 @@ def judge(measured: Measurements) -> list[Finding]:
 
 def controls(measured: Measurements) -> list[Control]:
     """A/A, known truth and planted truths on these very runs, and simulated sweeps with a closed-form truth through the whole chain."""
-    wsd = measured.frame[measured.frame.kind == "wsd"]
-    alike = wsd[wsd.groupby(["arm", "peak_lr", "horizon_tokens"]).seed.transform("nunique") >= CONTROL_SEEDS]
-    made = common.controls(measured, STUDY, "power_agnostic", "power_beats_fixed_wsd", CONTRASTS["power_beats_fixed_wsd"], alike)
+    made = common.controls(measured, STUDY, "power_agnostic", "power_beats_fixed_wsd", CONTRASTS["power_beats_fixed_wsd"])
     return [*made, spine_recovers(seed=0)] if made else made
 
 
