@@ -1,6 +1,7 @@
 """The command line from end to end on tiny recipes, and one clear line for what cannot be."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -71,6 +72,16 @@ def test_a_study_is_planned_with_its_power_and_what_an_effect_needs(etastar):
     told = json.loads(out)
     assert status == 0 and told["cost"]["flops"] > 1e18 and told["resolve"]["seeds"] > 10
     assert told["power"][0]["contrast"] == "wsd20 − cos10"
+
+
+def test_what_an_effect_needs_follows_the_noise_of_the_store_where_it_has_any(etastar, monkeypatch):
+    def told():
+        return json.loads(etastar("plan", "01_cosine_vs_wsd", "--preset", "paper", "--resolve", "0.002", "--json")[1])["resolve"]
+
+    pilot = told()
+    monkeypatch.setattr("etastar.studies.noise.from_store", lambda store: SimpleNamespace(
+        sd_for=lambda width, horizon_tokens, paired: SimpleNamespace(sd=2 * pilot["sd_nats"])))
+    assert told()["sd_nats"] == 2 * pilot["sd_nats"] and told()["seeds"] > 2 * pilot["seeds"]
 
 
 @pytest.mark.parametrize("words, said", [

@@ -15,6 +15,7 @@ from etastar.studies.power_law_design import COOLDOWN, POWER_B, POWER_LAWS
 from etastar.studies.power_law_measures import FIXED, LAW, POWER, Grid, arm_of, kind_of
 
 PLAN = POWER_LAWS["cpu"]
+BEST = -8.3  # log2 rate at the middle horizon, the main batch and width
 PARTS = ("horizon_exponent", "batch_exponent", "lr_transfers_over_width")
 
 
@@ -24,15 +25,16 @@ def world(horizon=-0.51, batch=1.0, width=0.0, noise=0.002, seed=0, power=0.0, c
     for r in study.recipes(preset):
         plan, w, tokens = POWER_LAWS[preset], r.model.width, r.horizon_tokens
         octaves = math.log2(tokens / plan.middle_tokens), math.log2(r.batch_tokens / plan.batch_tokens), math.log2(w / plan.model.width)
-        best = -7.5 + horizon * octaves[0] + batch * octaves[1] + width * octaves[2]
+        best = BEST + horizon * octaves[0] + batch * octaves[1] + width * octaves[2]
         u = math.log2(r.peak_lr) - best
         cost = 0.03 * u**2 + skew * u**3
         if kind_of(r) == "cosine":
             cost = cosine
         elif kind_of(r).startswith("power"):
             at = math.log2(float(r.schedule.rate_at(tokens / 4, batch_tokens=r.batch_tokens, eta_max=math.inf)))
-            cost = power + 0.02 * (at + 6.48) ** 2 * (tokens == plan.middle_tokens and w == 32 and r.batch_tokens == 256) \
-                + 0.3 * (r.schedule.b - POWER_B) ** 2
+            at_setting = plan.power_rate + POWER_B * math.log2(plan.knob_tokens / 4 / plan.middle_tokens)
+            knobs = (tokens, w, r.batch_tokens) == (plan.knob_tokens, plan.model.width, plan.batch_tokens)
+            cost = power + 0.02 * knobs * (at - at_setting) ** 2 + 0.3 * (r.schedule.b - POWER_B) ** 2
         loss = 4.0 - 0.25 * math.log(tokens / plan.middle_tokens) + cost
         runs.append(FakeRun(r, loss + shift.setdefault(r.seed, rng.normal(0, 0.02)) + rng.normal(0, noise)))
     return runs
@@ -68,7 +70,7 @@ def test_arms_are_told_from_their_recipes():
     kinds = {kind_of(r) for r in study.recipes("night")}
     assert {"wsd", "wsd to 10 %", "wsd to a fixed rate", "wsd, warm-up 5 %", "wsd, no decay", "cosine"} < kinds
     first = study.recipes("cpu")[0]
-    assert arm_of(first) == "wsd, batch 256, width 32"
+    assert arm_of(first) == "wsd, batch 128, width 32"
     assert first.schedule == es.WSD(**COOLDOWN, warmup_steps=12)
 
 
@@ -78,7 +80,7 @@ def test_the_exponents_of_a_known_valley_come_back():
     assert table["horizon"] == pytest.approx(-0.4, abs=0.03) and table["batch"] == pytest.approx(0.7, abs=0.05)
     assert table["width"] == pytest.approx(-0.2, abs=0.1)
     slopes = m.tables["local_slopes"]
-    assert slopes[slopes.along == "horizon"].slope.mean() == pytest.approx(-0.4, abs=0.05) and len(slopes) == 4 + 4 + 2
+    assert slopes[slopes.along == "horizon"].slope.mean() == pytest.approx(-0.4, abs=0.05) and len(slopes) == 4 + 3 + 2
     assert m.contrasts["horizon exponent, batch growing"].per_seed.mean() == pytest.approx(-0.4 + 0.571 * 0.7, abs=0.05)
     assert m.contrasts["lr: widest − narrowest"].per_seed.mean() == pytest.approx(-0.4, abs=0.2)
     assert abs(m.contrasts["predicted − best at the longest"].per_seed.mean()) < 0.25
@@ -99,7 +101,7 @@ def test_a_curved_valley_is_seen_to_be_curved():
     for r in runs:
         if kind_of(r.recipe) == "wsd":
             x = math.log2(r.recipe.horizon_tokens / PLAN.middle_tokens)
-            u = math.log2(r.recipe.peak_lr) + 7.5
+            u = math.log2(r.recipe.peak_lr) - BEST
             r.val_loss += 0.03 * ((u - 0.1 * x**2) ** 2 - u**2)
     bent = study.measure(runs).tables["exponents"].set_index("along").loc["horizon"]
     assert bent.slope_low < 0.2 < bent.slope_high and bent.slope_low > 0
@@ -111,7 +113,7 @@ def test_power_against_one_rate_of_wsd(power, cosine, verdict):
     board = live(study, m)
     assert board.loc["power_beats_fixed_wsd", "verdict"] == verdict
     regret = m.tables["regrets"].groupby("method").regret.mean()
-    assert regret[POWER] == pytest.approx(power, abs=0.01) and regret[FIXED] > 0.015  # one rate misses other horizons and batches
+    assert regret[POWER] == pytest.approx(power, abs=0.01) and regret[FIXED] > 0.005  # one rate misses other horizons and batches
     assert m.contrasts[f"{POWER} − {FIXED}"].per_seed.mean() == pytest.approx((regret[POWER] - regret[FIXED]) / 0.25, rel=0.35)
 
 
@@ -130,7 +132,7 @@ def test_the_knobs_of_power():
 def test_diverged_runs_at_the_highest_rate_are_no_hindrance():
     runs = world()
     for r in runs:
-        if r.recipe.peak_lr == 2.0**-6 and kind_of(r.recipe) == "wsd":
+        if r.recipe.peak_lr == 2.0**-6.375 and kind_of(r.recipe) == "wsd":
             r.val_loss = math.nan
     m = study.measure(runs)
     assert m.tables["exponents"].set_index("along").exponent["horizon"] == pytest.approx(-0.51, abs=0.1)
@@ -139,7 +141,7 @@ def test_diverged_runs_at_the_highest_rate_are_no_hindrance():
 def test_moving_one_run_moves_the_exponent():
     runs = world()
     before = study.measure(runs).contrasts["horizon exponent"].per_seed
-    next(r for r in runs if r.recipe.horizon_tokens == PLAN.horizon_tokens and r.recipe.peak_lr == 2.0**-9).val_loss -= 0.05
+    next(r for r in runs if r.recipe.horizon_tokens == PLAN.horizon_tokens and r.recipe.peak_lr == 2.0**-8.625).val_loss -= 0.05
     assert (study.measure(runs).contrasts["horizon exponent"].per_seed != before).any()
 
 

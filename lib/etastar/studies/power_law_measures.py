@@ -206,26 +206,32 @@ def token_slopes(m: Measurements, main: str, longest: int) -> dict[int, float]:
 
 
 def regrets(grid: Grid, m: Measurements, slopes: dict[int, float], name_of) -> pd.DataFrame:
-    """Loss of each method over WSD tuned on other seeds, by cell and seed: regret (nats), regret_tokens (share of tokens)."""
+    """Loss of each method over WSD tuned on other seeds, by cell and seed: regret (nats), regret_tokens (share of tokens).
+
+    Seeds without a bowl in a cell have no regret there (`tuned` False), but a loss (`loss_tokens`: over the slope) for differences.
+    """
     if grid.power is None:
         return pd.DataFrame()
     kind, rows = kind_of_schedule(grid, grid.power), []
     where = [tuple(cell) for cell in grid.frame[grid.frame.kind == kind][CELL].drop_duplicates().to_numpy().tolist()]
     where = [cell for cell in where if cell[0] in slopes]
-    fixed = _one_rate(grid, where)
+    seeds = sorted(grid.frame[grid.frame.kind == kind].groupby(CELL).seed.agg(set).pipe(lambda cells: set.intersection(*cells)))
+    fixed = _one_rate(grid, where, seeds)
     for cell in where:
         arm = f"wsd, batch {cell[1]}, width {cell[2]}"
         bowl, tuned = m.bowls.get(name_of(arm, cell[0])), m.tuned.get(name_of(arm, cell[0]), {})
         law = LAW_OVER_POWER * float(grid.power.rate_at(cell[0], batch_tokens=cell[1], eta_max=math.inf))
         losses = {POWER: _at(grid, kind, cell), COSINE: _at(grid, "cosine", cell),
-                  FIXED: {s: _at(grid, "wsd", cell, lr).get(s, math.nan) for s, lr in fixed.items()}}
+                  FIXED: {s: _at(grid, "wsd", cell, lr)[s] for s, lr in fixed.items()}}
         if bowl is not None:
             rates = grid.bowl(*cell).peak_lr
             losses[LAW] = {s: float(bowl.seed_loss_at(s, law)) for s in bowl.seeds if rates.min() <= law <= rates.max()}
         label = f"2^{math.log2(cell[0]):g} tokens, batch {cell[1]}, width {cell[2]}"
-        rows += [{"method": method, "cell": label, "seed": seed, "loss": loss, "regret": loss - tuned[seed][1],
-                  "regret_tokens": (loss - tuned[seed][1]) / abs(slopes[cell[0]])}
-                 for method, by_seed in losses.items() for seed, loss in by_seed.items() if seed in tuned and seed in losses[POWER]]
+        for method, by_seed in losses.items():
+            for seed in [s for s in seeds if s in by_seed]:
+                over = by_seed[seed] - tuned[seed][1] if seed in tuned else math.nan
+                rows.append({"method": method, "cell": label, "seed": seed, "tuned": seed in tuned, "loss": by_seed[seed], "regret": over,
+                             "regret_tokens": over / abs(slopes[cell[0]]), "loss_tokens": by_seed[seed] / abs(slopes[cell[0]])})
     return pd.DataFrame(rows)
 
 
@@ -241,15 +247,14 @@ def _at(grid: Grid, kind: str, cell, lr: float | None = None) -> dict:
     return dict(zip(rows.seed, rows.loss, strict=True))
 
 
-def _one_rate(grid: Grid, where) -> dict[int, float]:
-    """By seed the one rate of WSD for all cells: of those run in all, the best of the other seeds at the middle horizon."""
-    bowls = {cell: grid.bowl(*cell) for cell in where}
-    rates = set.intersection(*(set(rows.peak_lr) for rows in bowls.values())) if bowls else set()
-    middle = grid.bowl(grid.knob_tokens, *grid.main)
-    if not rates or middle.empty:
-        return {}
-    losses = middle[middle.peak_lr.isin(rates)].pivot_table(index="seed", columns="peak_lr", values="loss")
-    if len(losses) < 2:
+def _one_rate(grid: Grid, where, seeds) -> dict[int, float]:
+    """By seed the one rate of WSD for all cells: of those run by all in every cell, the best of the other seeds at the knobs' horizon."""
+    wsd = grid.frame[(grid.frame.kind == "wsd") & grid.frame.seed.isin(seeds)]
+    run = [set(zip(rows.seed, rows.peak_lr, strict=True)) for cell, rows in wsd.groupby(CELL) if cell in where]
+    rates = [lr for lr in sorted(wsd.peak_lr.unique()) if len(run) == len(where) and all((s, lr) in cell for s in seeds for cell in run)]
+    middle = wsd[(wsd[CELL] == [grid.knob_tokens, *grid.main]).all(axis=1) & wsd.peak_lr.isin(rates)]
+    losses = middle.pivot_table(index="seed", columns="peak_lr", values="loss", dropna=False)
+    if len(losses) < 2 or losses.empty:
         return {}
     return {seed: float(losses.drop(index=seed).mean(skipna=False).idxmin()) for seed in losses.index}
 
@@ -281,6 +286,7 @@ def sensitivity(grid: Grid) -> pd.DataFrame:
 def parabolas(turned: pd.DataFrame, knob: str, over: str) -> pd.DataFrame:
     """By seed the parabola of the loss over a knob: slope and bend (second derivative) at the setting; empty with under three values."""
     rows = turned[turned.knob == knob]
+    rows = rows[rows.groupby("seed")[over].transform("nunique") == rows[over].nunique()]  # seeds that were run at all of them
     table = rows.pivot_table(index="seed", columns=over, values="loss", dropna=False) if len(rows) else pd.DataFrame()
     if table.shape[1] < 3 or not np.isfinite(table.to_numpy()).all():
         return pd.DataFrame()
@@ -314,17 +320,24 @@ def regret_contrasts(regret: pd.DataFrame) -> dict[str, Contrast]:
     """Differences of schedules at one setting as shares of tokens: means over the cells that both have, and Power's worst cell."""
     if regret.empty:
         return {}
-    table = regret.pivot_table(index="seed", columns=["method", "cell"], values="regret_tokens", dropna=False).dropna(axis=1, how="all")
+    by_method = {method: rows.set_index(["cell", "seed"]) for method, rows in regret.groupby("method")}
     made = {}
     for a, b in ((POWER, FIXED), (FIXED, COSINE), (POWER, LAW)):
-        if {a, b} <= set(table.columns.get_level_values(0)):
-            cells = table[a].columns.intersection(table[b].columns)
-            difference = (table[a][cells] - table[b][cells]).mean(axis=1, skipna=False)
-            made[f"{a} − {b}"] = Contrast(difference.to_numpy(), "token_fraction", "regret")
-    if POWER in table.columns.get_level_values(0) and len(table) >= 2:
-        worst = -chosen_on_others(-table[POWER])
-        made["power − wsd, tuned: worst cell"] = Contrast(worst.to_numpy(), "token_fraction", "regret")
+        if {a, b} <= set(by_method):
+            both = by_method[a].index.intersection(by_method[b].index)
+            difference = (by_method[a].loss_tokens[both] - by_method[b].loss_tokens[both]).unstack("cell")
+            if len(whole := _of_all_cells(difference, both)) >= 2:
+                made[f"{a} − {b}"] = Contrast(whole.mean(axis=1, skipna=False).to_numpy(), "token_fraction", "regret")
+    tuned = by_method[POWER][by_method[POWER].tuned] if POWER in by_method else pd.DataFrame()
+    if len(tuned) and len(table := _of_all_cells(tuned.regret_tokens.unstack("cell"), tuned.index)) >= 2:
+        made["power − wsd, tuned: worst cell"] = Contrast((-chosen_on_others(-table)).to_numpy(), "token_fraction", "regret")
     return made
+
+
+def _of_all_cells(table: pd.DataFrame, run: pd.MultiIndex) -> pd.DataFrame:
+    """The seeds that were run in every cell; what is missing then is a run that diverged."""
+    cells = run.to_frame(index=False).groupby("seed").cell.nunique()
+    return table.loc[sorted(cells[cells == table.shape[1]].index)]
 
 
 def knob_contrasts(turned: pd.DataFrame, slope: float) -> dict[str, Contrast]:
