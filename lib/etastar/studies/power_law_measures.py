@@ -263,10 +263,15 @@ def _one_rate(grid: Grid, where, seeds) -> dict[int, float]:
 
 
 def sensitivity(grid: Grid) -> pd.DataFrame:
-    """Loss by knob ("b", "η_p") and how far it is turned: value, octaves of the rate where the cooldown starts, seed, loss."""
+    """Loss by knob ("b", "η_p") and how far it is turned: value, octaves of the rate where the cooldown starts, seed, loss.
+
+    Of the seeds that were run at every turn.
+    """
     if grid.power is None:
         return pd.DataFrame()
-    at, (batch, _) = grid.frame[(grid.frame[CELL] == [grid.knob_tokens, *grid.main]).all(axis=1)], grid.main
+    at, batch = grid.frame[(grid.frame[CELL] == [grid.knob_tokens, *grid.main]).all(axis=1)], grid.main[0]
+    at = at[at.kind.str.startswith("power")]
+    at = at[at.groupby("seed").kind.transform("nunique") == at.kind.nunique()]
     pivot, end, own = grid.knob_tokens / 4, 0.9 * grid.knob_tokens, grid.power
 
     def octaves(schedule, tokens):
@@ -274,7 +279,7 @@ def sensitivity(grid: Grid) -> pd.DataFrame:
                                / own.rate_at(tokens, batch_tokens=batch, eta_max=math.inf)))
 
     rows = []
-    for kind, runs in at[at.kind.str.startswith("power")].groupby("kind"):
+    for kind, runs in at.groupby("kind"):
         schedule = grid.schedules[kind]
         moved, last = octaves(schedule, pivot), octaves(schedule, end)
         knobs = ["b", "η_p"] if schedule == own else ["η_p"] if schedule.b == own.b else ["b"] if abs(moved) < 1e-6 else []
@@ -286,7 +291,6 @@ def sensitivity(grid: Grid) -> pd.DataFrame:
 def parabolas(turned: pd.DataFrame, knob: str, over: str) -> pd.DataFrame:
     """By seed the parabola of the loss over a knob: slope and bend (second derivative) at the setting; empty with under three values."""
     rows = turned[turned.knob == knob]
-    rows = rows[rows.groupby("seed")[over].transform("nunique") == rows[over].nunique()]  # seeds that were run at all of them
     table = rows.pivot_table(index="seed", columns=over, values="loss", dropna=False) if len(rows) else pd.DataFrame()
     if table.shape[1] < 3 or not np.isfinite(table.to_numpy()).all():
         return pd.DataFrame()

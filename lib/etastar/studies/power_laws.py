@@ -112,7 +112,8 @@ def figures(measured: Measurements, board: Board | None = None) -> dict:
     if "local_slopes" in tables:
         slopes = tables["local_slopes"][tables["local_slopes"].along.isin(list(PUBLISHED))]
         if len(slopes):
-            made["local_slopes"] = plots.local_slopes(slopes, PUBLISHED)
+            named = {AXES[axis]: known for axis, known in PUBLISHED.items()}
+            made["local_slopes"] = plots.local_slopes(slopes.assign(along=slopes.along.map(AXES)), named)
     if "regrets" in tables:
         made["regrets"] = plots.regrets(tables["regrets"])
     if "sensitivity" in tables:
