@@ -20,26 +20,24 @@ from etastar.schedules import WSD, Cosine, InverseSqrt, LinearToZero, Power, Sch
 from etastar.studies import measured as common
 from etastar.studies.averaging import COUNTS, choose_spans
 from etastar.studies.designs import COOLDOWN, CooldownDesign
-from etastar.studies.measured import chosen_on_others
 from etastar.studies.power_law_design import POWER_B
 
 DESIGNED, REFERENCE, LINE, POWER, AVERAGED = ARMS = ("designed", "linear 20 %", "linear to zero", "power", "1/√s averaged")
 ARM_OF = {Table: DESIGNED, WSD: REFERENCE, LinearToZero: LINE, Power: POWER, InverseSqrt: AVERAGED}
 PILOTS, FIRST_SEED = (1, 2, 3), 7000
 OFFSETS = (-0.75, 0.0, 0.75)  # octaves about the pilots' best cooldown rate
-EVALUATIONS = 32  # of a pilot run
+EVALUATIONS, APART = 32, 8  # of a pilot run, and the least steps between two
 SKIPPED = 0.09  # of a curve: the paper's begin with the end of warm-up, step 2160 of 24,000 in the shorter ones
 CAPPED = 0.2  # of the tokens: what a Power schedule spends at its cap
 HIGHER = 1.5  # octaves: 1/√s falls from its first steps on and is two octaves below its peak and more half-way
-EMA_SHARES = (1 / 8, 1 / 4)
 
 
 def _plan(preset: str, seed_count: int, minutes: float) -> CooldownDesign:
     return dataclasses.replace(COOLDOWN[preset], first_seed=FIRST_SEED, seed_count=seed_count, more_seeds=0, offsets=OFFSETS,
-                               ema_shares=EMA_SHARES, minutes=minutes)
+                               ema_shares=(1 / 8, 1 / 4), minutes=minutes)
 
 
-PRESETS = {"smoke": _plan("smoke", 2, 0.5), "cpu": _plan("cpu", 4, 5.0), "night": _plan("night", 12, 60.0)}
+PRESETS = {"smoke": _plan("smoke", 2, 1.0), "cpu": _plan("cpu", 4, 7.0), "night": _plan("night", 12, 60.0)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +62,8 @@ class Trial:
 def trial(preset: str, store="runs", **options) -> Trial:
     """Fit, design, train what `store` lacks, and compare; `options` are those of `es.run`.
 
-    An arm that is best at the edge of its peaks gets another, twice at most; the designed arm is designed anew for it. Raises
-    ValueError for a preset without a plan and for a pilot run that diverged.
+    An arm that is best at the edge of its peaks gets another, twice at most; the designed arm is designed anew for it.
+    Raises ValueError for a preset without a plan and for a pilot run that diverged.
     """
     if preset not in PRESETS:
         raise ValueError(f"the trial of the designed schedule has no preset {preset!r}; known: {', '.join(PRESETS)}")
@@ -92,12 +90,12 @@ def pilot_curves(plan: CooldownDesign, store="runs", **options) -> pd.DataFrame:
 
     schedules = {"cosine to 10 %": Cosine(floor=0.1, warmup_steps=plan.warmup_steps), REFERENCE: _rival(plan, REFERENCE, plan.middle)}
     recipes = [plan.recipe(s, plan.middle, plan.horizon_tokens, seed) for s in schedules.values() for seed in PILOTS]
-    made = run(recipes, store=store, observe=Observe(val_every_tokens=plan.horizon_tokens // EVALUATIONS), **options)
+    every = max(APART, plan.horizon_steps // EVALUATIONS) * plan.batch_tokens
+    made = run(recipes, store=store, observe=Observe(val_every_tokens=every), **options)
     if lost := [r.run_id for r in made if r.status != "done"]:
         raise ValueError(f"pilot runs {', '.join(lost)} diverged at a peak rate of {plan.middle:.3g}: no law to fit; take a lower one")
-    names = [name for name in schedules for _ in PILOTS]
-    every = pd.concat([r.curve.assign(curve=name) for name, r in zip(names, made, strict=True)])
-    return every.groupby(["curve", "step"], as_index=False, sort=False).agg({"lr": "first", "val_loss": "mean"})
+    parts = pd.concat([r.curve.assign(curve=list(schedules)[n // len(PILOTS)]) for n, r in enumerate(made)])
+    return parts.groupby(["curve", "step"], as_index=False, sort=False).agg({"lr": "first", "val_loss": "mean"})
 
 
 def fit(curves: pd.DataFrame) -> MultiPowerLaw:
@@ -116,14 +114,13 @@ def peaks(plan: CooldownDesign, arm: str) -> list[float]:
 
 
 def recipe(plan: CooldownDesign, arm: str, peak_lr: float, seed: int, designs) -> Recipe:
-    """One run of an arm; `designs` has the designed schedule of each peak."""
-    schedule = designs[peak_lr].schedule if arm == DESIGNED else _rival(plan, arm, peak_lr)
+    """One run of an arm; `designs` has each peak's, rounded to 1e-5 of it: threads of the algebra move a design by some 1e-10."""
+    schedule = Table(tuple((designs[peak_lr].rates / peak_lr).round(5).tolist())) if arm == DESIGNED else _rival(plan, arm, peak_lr)
     return plan.recipe(schedule, peak_lr, plan.horizon_tokens, seed)
 
 
 def _rival(plan: CooldownDesign, arm: str, peak_lr: float) -> Schedule:
-    warmup = {"warmup_steps": plan.warmup_steps}
-    cooldown = {"cooldown_fraction": 0.2, "shape": "linear"}
+    warmup, cooldown = {"warmup_steps": plan.warmup_steps}, {"cooldown_fraction": 0.2, "shape": "linear"}
     if arm == POWER:  # at its cap for CAPPED of the tokens, and so down to the plan's own grid at the horizon, but for the cooldown
         sequence, capped = plan.model.context, CAPPED * plan.horizon_tokens
         return Power(a=peak_lr * sequence / plan.batch_tokens * capped**-POWER_B, b=POWER_B, sequence_tokens=sequence, **warmup, **cooldown)
@@ -138,14 +135,10 @@ def arm_of(recipe: Recipe) -> str:
 def _train(plan: CooldownDesign, recipes, store, **options) -> list:
     from etastar.engine.execute import run
 
-    averages = Observe(average_every_tokens=plan.window_tokens,
-                       ema_horizon_tokens=tuple(round(share * plan.horizon_tokens) for share in plan.ema_shares))
-    plain, averaged = ([r for r in recipes if (arm_of(r) == AVERAGED) is is_so] for is_so in (False, True))
-    made = run(plain, store=store, **options) if plain else []
-    return made + (run(averaged, store=store, observe=averages, **options) if averaged else [])
-
-
-# -- what the runs say ---------------------------------------------------------------------------------------------------
+    horizons = tuple(round(share * plan.horizon_tokens) for share in plan.ema_shares)
+    averages = Observe(average_every_tokens=plan.window_tokens, ema_horizon_tokens=horizons)
+    parts = ([r for r in recipes if arm_of(r) != AVERAGED], None), ([r for r in recipes if arm_of(r) == AVERAGED], averages)
+    return [made for part, observe in parts if part for made in run(part, store=store, observe=observe, **options)]
 
 
 def frame_of(runs, law: MultiPowerLaw, read=read_averages) -> pd.DataFrame:
@@ -153,11 +146,10 @@ def frame_of(runs, law: MultiPowerLaw, read=read_averages) -> pd.DataFrame:
 
     The law's prediction is of a run's last loss on all of validation at the pilots' seeds, and of no average.
     """
-    done = {r.run_id: r.halves()["val_loss_b"] for r in runs if r.status == "done"}
-    chosen = averages_chosen([r for r in runs if arm_of(r.recipe) == AVERAGED and r.status == "done"], read)
-    losses = done | chosen.val_loss_b.to_dict()
-    rates = {r.run_id: r.recipe.lr() for r in runs if arm_of(r.recipe) != AVERAGED}
-    predicted = {run_id: float(law.predict(lr, [len(lr) - 1])[0]) for run_id, lr in rates.items()}
+    done = [r for r in runs if r.status == "done"]
+    chosen = averages_chosen([r for r in done if arm_of(r.recipe) == AVERAGED], read)
+    losses = {r.run_id: r.halves()["val_loss_b"] for r in done} | chosen.val_loss_b.to_dict()
+    predicted = {r.run_id: law.predict(r.recipe.lr(), [r.recipe.total_steps - 1])[0] for r in runs if arm_of(r.recipe) != AVERAGED}
     frame = common.losses(runs, arm_of, lambda r: losses.get(r.run_id, float("nan")))
     return frame.assign(predicted=frame.run_id.map(predicted).astype(float), average=frame.run_id.map(chosen.span.to_dict()))
 
@@ -165,36 +157,44 @@ def frame_of(runs, law: MultiPowerLaw, read=read_averages) -> pd.DataFrame:
 def averages_chosen(runs, read=read_averages) -> pd.DataFrame:
     """Of all averages of runs, the kind and span best on half A over the seeds of a peak: run_id → span (as "swa 4"), val_loss_b."""
     if not runs:
-        return pd.DataFrame(columns=["span", "val_loss_b"])
-    by_id = {r.run_id: r.recipe for r in runs}
-    found = read(list(runs), COUNTS)
-    found = found[found.read_out != "final"]
+        raise ValueError(f"no run of {AVERAGED} was trained to the end: there is nothing to average; give lower peaks")
+    found, rates = read(list(runs), COUNTS).query("read_out != 'final'"), {r.run_id: r.recipe.peak_lr for r in runs}
     named = found.read_out + " " + found.windows.fillna(found.horizon_tokens).astype(str)
-    told = found.assign(arm=AVERAGED, peak_lr=found.run_id.map(lambda i: by_id[i].peak_lr), span=named, read_out="average")
-    best = told.merge(choose_spans(told), on=["arm", "peak_lr", "read_out", "span"])
-    return best.set_index("run_id")[["span", "val_loss_b"]]
+    told = found.assign(arm=AVERAGED, peak_lr=found.run_id.map(rates), span=named, read_out="average")
+    return told.merge(choose_spans(told), on=["arm", "peak_lr", "read_out", "span"]).set_index("run_id")[["span", "val_loss_b"]]
 
 
 def summarize(frame: pd.DataFrame) -> pd.DataFrame:
     """By arm: best_peak_lr over all seeds and whether it is an edge, then losses at the peak the other seeds chose.
 
     `loss` is their mean (nats), `difference` that to WSD's paired over seeds with Student's 95 % interval (low, high) and `verdict`;
-    `predicted` is the law's at best_peak_lr, `predicted_difference` that to WSD's. Raises ValueError for an arm without a peak at
-    which every seed was trained to the end.
+    `predicted` is the law's at best_peak_lr. Raises ValueError for an arm without a peak at which every seed was trained to the end.
     """
     tables = {arm: rows.pivot(index="seed", columns="peak_lr", values="loss") for arm, rows in frame.groupby("arm", sort=False)}
     if lost := [arm for arm, loss in tables.items() if loss.isna().any().all()]:
         raise ValueError(f"{', '.join(lost)}: some seed is missing or diverged at every peak; give lower ones")
-    tuned = {arm: chosen_on_others(loss) for arm, loss in tables.items()}
+    tuned = {arm: common.chosen_on_others(loss) for arm, loss in tables.items()}
     rows = []
     for arm, loss in tables.items():
         best = loss.mean(skipna=False).idxmin()
         row = {"arm": arm, "best_peak_lr": best, "edge": best in (loss.columns[0], loss.columns[-1]), "seeds": len(loss),
-               "loss": tuned[arm].mean(skipna=False),
-               "predicted": frame[(frame.arm == arm) & (frame.peak_lr == best)].predicted.mean()}
-        if arm != REFERENCE:
-            found = compare(tuned[arm].to_numpy(), tuned[REFERENCE][tuned[arm].index].to_numpy())
-            row |= {"difference": found.difference, "low": found.difference_low, "high": found.difference_high, "verdict": found.verdict}
-        rows.append(row)
+               "loss": tuned[arm].mean(skipna=False), "predicted": frame[(frame.arm == arm) & (frame.peak_lr == best)].predicted.mean()}
+        rows.append(row | (_against(tuned[REFERENCE], tuned[arm]) if arm != REFERENCE else {}))
     table = pd.DataFrame(rows)
     return table.assign(predicted_difference=table.predicted - table.predicted[table.arm == REFERENCE].item())
+
+
+def at_equal_peaks(frame: pd.DataFrame) -> pd.DataFrame:
+    """Differences to WSD over the same seeds at the same peak: arm, peak_lr, difference, low, high, verdict, predicted_difference (nats).
+
+    Closer to the paper, which has one peak for all, and quieter than `summarize`, but no arm is tuned. Peaks that WSD lacks are left out.
+    """
+    pairs = frame.merge(frame[frame.arm == REFERENCE], on=["peak_lr", "seed"], suffixes=("", "_of_wsd"))
+    return pd.DataFrame([{"arm": arm, "peak_lr": lr, **_against(rows.loss_of_wsd, rows.loss),
+                          "predicted_difference": (rows.predicted - rows.predicted_of_wsd).mean()}
+                         for (arm, lr), rows in pairs[pairs.arm != REFERENCE].groupby(["arm", "peak_lr"], sort=False)])
+
+
+def _against(reference: pd.Series, loss: pd.Series) -> dict:
+    found = compare(loss.to_numpy(), reference[loss.index].to_numpy())
+    return {"difference": found.difference, "low": found.difference_low, "high": found.difference_high, "verdict": found.verdict}
