@@ -1,12 +1,11 @@
 import hashlib
 import types
-from unittest import mock
 
 import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from drawn import assert_text_is_whole_and_apart, text_boxes
 
 from etastar import plots
 
@@ -41,29 +40,6 @@ def board():
         ("c", "nats", 0.01, np.nan, np.nan, np.nan, "untested"),
     ]
     return pd.DataFrame(rows, columns=["claim", "unit", "published", "estimate", "low", "high", "verdict"])
-
-
-def _text_boxes(fig):
-    """(text, box in pixels) of every piece of text that is really drawn; ticks out of view are not."""
-    drawn, draw = {}, matplotlib.text.Text.draw
-
-    def record(self, renderer, *args, **kwargs):
-        draw(self, renderer, *args, **kwargs)
-        if self.get_visible() and self.get_text().strip():
-            drawn[id(self)] = (self.get_text(), self.get_window_extent(renderer))
-
-    with mock.patch.object(matplotlib.text.Text, "draw", record):
-        FigureCanvasAgg(fig).draw()
-    return list(drawn.values())
-
-
-def _assert_text_is_whole_and_apart(fig):
-    boxes = _text_boxes(fig)
-    for i, (text, box) in enumerate(boxes):
-        assert fig.bbox.x0 <= box.x0 and box.x1 <= fig.bbox.x1, f"{text!r} is cut at the side"
-        assert fig.bbox.y0 <= box.y0 and box.y1 <= fig.bbox.y1, f"{text!r} is cut above or below"
-        for other, place in boxes[:i]:
-            assert not box.overlaps(place), f"{text!r} lies over {other!r}"
 
 
 def test_schedules_are_drawn_over_tokens():
@@ -109,7 +85,7 @@ def test_loss_curves_average_seeds_and_take_either_loss():
 def test_the_forest_has_a_panel_a_unit_and_says_verdicts_in_words(board):
     fig = plots.verdict_forest(board)
     assert len(fig.axes) == 2
-    words = {text for text, _ in _text_boxes(fig)}
+    words = {text for text, _ in text_boxes(fig)}
     assert {"contradicted", "reproduced"} <= words and "untested" not in words
     diamonds = [line.get_xdata()[0] for ax in fig.axes for line in ax.get_lines() if line.get_marker() == "d"]
     assert diamonds == [0.5]
@@ -139,11 +115,11 @@ def test_missing_columns_are_named(losses):
 
 
 def test_no_text_is_cut_or_covered(board, losses):
-    _assert_text_is_whole_and_apart(plots.verdict_forest(board))
-    _assert_text_is_whole_and_apart(plots.lr_bowls(losses, {"cos10": _bowl(-7), "wsd20": _bowl(-8)}))
-    _assert_text_is_whole_and_apart(plots.schedule_lines({f"schedule {i}": np.ones(9) for i in range(7)}, 10**6))
+    assert_text_is_whole_and_apart(plots.verdict_forest(board))
+    assert_text_is_whole_and_apart(plots.lr_bowls(losses, {"cos10": _bowl(-7), "wsd20": _bowl(-8)}))
+    assert_text_is_whole_and_apart(plots.schedule_lines({f"schedule {i}": np.ones(9) for i in range(7)}, 10**6))
     frame = pd.DataFrame({"contrast": list("ab"), "seed": 1, "difference": [0.01, -0.02]})
-    _assert_text_is_whole_and_apart(plots.paired_differences(frame, margin=0.005))
+    assert_text_is_whole_and_apart(plots.paired_differences(frame, margin=0.005))
 
 
 def test_saved_figures_are_the_same_bytes_each_time(board, tmp_path):
@@ -235,7 +211,7 @@ def _drawn(ax):
 
 def test_no_text_of_a_cooldown_figure_is_cut_or_covered(cooldown_figures):
     for fig in cooldown_figures.values():
-        _assert_text_is_whole_and_apart(fig)
+        assert_text_is_whole_and_apart(fig)
 
 
 def test_every_axis_of_a_cooldown_figure_is_named_and_losses_have_their_unit(cooldown_figures):
@@ -248,7 +224,7 @@ def test_every_axis_of_a_cooldown_figure_is_named_and_losses_have_their_unit(coo
 def test_lengths_are_a_line_a_rate_on_ticks_in_per_cent(cooldown_figures):
     fig = cooldown_figures["lengths"]
     assert [len(x) for x, _ in _drawn(fig.axes[0])] == [4, 4, 2] and _legend(fig) == ["peak rate $2^{-9}$", "peak rate $2^{-8}$"]
-    ticks = [text for text, _ in _text_boxes(fig) if "%" in text]
+    ticks = [text for text, _ in text_boxes(fig) if "%" in text]
     assert ticks == ["5 %", "10 %", "20 %", "40 %"] and len(fig.axes[0].collections) == 2
     assert _drawn(fig.axes[0])[0][1] == pytest.approx([-0.011, -0.012, -0.014, -0.018])
 

@@ -1,10 +1,8 @@
-from unittest import mock
 
-import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from drawn import assert_text_is_whole_and_apart
 
 from etastar import plots
 
@@ -13,29 +11,6 @@ BEST = [-7.2, -7.4, -7.65, -7.9, -8.1]
 TOKENS = {"Power": -0.51, "Bjorck": -0.32, "transfers": 0, "Step Law": 0.31}
 BATCH = {"linear": 1, "square root": 0.5}
 METHODS = ["power", "wsd, one LR", "wsd, the law's LR", "cosine, one LR"]
-
-
-def _text_boxes(fig):
-    """(text, box in pixels) of every piece of text that is really drawn; ticks out of view are not."""
-    drawn, draw = {}, matplotlib.text.Text.draw
-
-    def record(self, renderer, *args, **kwargs):
-        draw(self, renderer, *args, **kwargs)
-        if self.get_visible() and self.get_text().strip():
-            drawn[id(self)] = (self.get_text(), self.get_window_extent(renderer))
-
-    with mock.patch.object(matplotlib.text.Text, "draw", record):
-        FigureCanvasAgg(fig).draw()
-    return list(drawn.values())
-
-
-def _assert_text_is_whole_and_apart(fig):
-    boxes = _text_boxes(fig)
-    for i, (text, box) in enumerate(boxes):
-        assert fig.bbox.x0 <= box.x0 and box.x1 <= fig.bbox.x1, f"{text!r} is cut at the side"
-        assert fig.bbox.y0 <= box.y0 and box.y1 <= fig.bbox.y1, f"{text!r} is cut above or below"
-        for other, place in boxes[:i]:
-            assert not box.overlaps(place), f"{text!r} lies over {other!r}"
 
 
 def _cells(along="horizon_tokens", values=HORIZONS, best=BEST, edges=None, half=0.12):
@@ -158,7 +133,7 @@ def _is_upright(collection):
 
 def test_no_text_of_a_power_law_figure_is_cut_or_covered_and_legends_lie_above_the_data(figures):
     for name, fig in figures.items():
-        _assert_text_is_whole_and_apart(fig)
+        assert_text_is_whole_and_apart(fig)
         for ax in fig.axes:
             legend = fig.legends[0] if fig.legends else ax.get_legend()
             assert legend.get_window_extent().y0 >= ax.get_window_extent().y1 - 1, name
@@ -219,7 +194,7 @@ def test_an_optimum_at_the_edge_is_open_points_beyond_and_does_not_move_the_line
 def test_a_valley_of_edges_alone_and_an_interval_not_told_are_drawn(cells):
     fig = plots.valley_lines(cells.assign(edge="low", low=np.nan, high=np.nan), _lines(low=np.nan, high=np.nan), "horizon_tokens")
     assert _legend(fig)[0] == "fitted: −0.23" and len(_arrows(fig.axes[0])) == 5
-    _assert_text_is_whole_and_apart(fig)
+    assert_text_is_whole_and_apart(fig)
 
 
 def test_an_unbounded_interval_leaves_the_points_in_full_view(cells):
@@ -259,7 +234,7 @@ def test_each_panel_of_slopes_has_its_own_published_exponents(figures):
 def test_slopes_of_one_seed_have_no_interval(slopes):
     fig = plots.local_slopes(slopes.assign(low=np.nan, high=np.nan), {})
     assert [len(fig.axes[i].get_legend().get_texts()) for i in (0, 1)] == [1, 1]
-    _assert_text_is_whole_and_apart(fig)
+    assert_text_is_whole_and_apart(fig)
 
 
 def test_bowls_show_every_seed_and_the_mean_of_rates_at_which_none_diverged(figures, bowls):
@@ -293,7 +268,7 @@ def test_a_bowl_of_which_every_run_diverged_is_crosses_alone(bowls, cells):
     fig = plots.valley_bowls(bowls, cells, "horizon_tokens")
     assert len(_crosses(fig.axes[0])[-1][0]) == 36 and len(_faint(fig.axes[0])[-1][0]) == 0
     assert len([line for line in fig.axes[0].get_lines() if line.get_markersize() == 9]) == 3 and not _arrows(fig.axes[0])
-    _assert_text_is_whole_and_apart(fig)
+    assert_text_is_whole_and_apart(fig)
     none = plots.valley_bowls(bowls.assign(loss=np.nan), cells, "horizon_tokens")
     assert sum(len(x) for x, _ in _crosses(none.axes[0])) == len(bowls)
 
@@ -303,7 +278,7 @@ def test_bowls_of_one_seed_are_named_by_batch_or_width(bowls, cells):
     for by, last in (("batch_tokens", "batch of $2^{22}$ tokens"), ("width", "width $2^{22}$")):
         fig = plots.valley_bowls(one.rename(columns={"horizon_tokens": by}), cells.rename(columns={"horizon_tokens": by}), by)
         assert _legend(fig)[-1] == last
-        _assert_text_is_whole_and_apart(fig)
+        assert_text_is_whole_and_apart(fig)
 
 
 def test_both_knobs_share_an_axis_of_octaves(figures):
@@ -357,7 +332,7 @@ def test_a_method_that_always_diverged_in_a_cell_has_no_mean_there(lost_tokens):
     assert _xy(_line(fig.axes[0], "power"))[0] == pytest.approx([0, 4])
     one = plots.regrets(lost_tokens[lost_tokens["seed"] == 0])
     assert [len(x) for x, _ in _faint(one.axes[0])] == [2, 3, 3, 3]
-    _assert_text_is_whole_and_apart(one)
+    assert_text_is_whole_and_apart(one)
 
 
 def test_held_out_horizons_are_open_and_the_band_begins_at_the_last_used(figures, cells, forecast):
@@ -379,7 +354,7 @@ def test_a_held_out_optimum_at_the_edge_points_beyond(figures, forecast, cells):
     assert [(at[0], np.sign(reach[1])) for at, reach in _arrows(ax)] == [(2**22, -1)]
     with pytest.raises(ValueError, match="no horizons used in the fit"):
         plots.prediction(cells, forecast.assign(used=False))
-    _assert_text_is_whole_and_apart(plots.prediction(cells.drop(columns="edge"), forecast.assign(used=True, low=np.nan)))
+    assert_text_is_whole_and_apart(plots.prediction(cells.drop(columns="edge"), forecast.assign(used=True, low=np.nan)))
 
 
 @pytest.mark.parametrize("draw, lacking", [
