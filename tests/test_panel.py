@@ -13,8 +13,8 @@ def panel():
 
 def shown(panel):
     """(text of the table, bytes of the two figures)."""
-    _, table, figures = panel.children
-    return table.value, [bytes(figure.value) for figure in figures.children]
+    _, table, *figures = panel.children
+    return table.value, [bytes(figure.value) for figure in figures]
 
 
 def test_the_panel_shows_the_advice_and_two_figures(panel):

@@ -27,7 +27,7 @@ def law_panel(params: float = 1.3e9, horizon_tokens: float = 100e9, batch_tokens
                for name, (options, value) in choices.items()}
     table, spread, lines = widgets.HTML(), widgets.Image(format="png"), widgets.Image(format="png")
     box = widgets.VBox([widgets.GridBox(list(inputs.values()), layout=widgets.Layout(grid_template_columns="repeat(3, 320px)")),
-                        table, widgets.HBox([spread, lines])])
+                        table, spread, lines])
     box.inputs, box.advice = inputs, None
 
     def redraw(change=None):
