@@ -146,7 +146,7 @@ POWER_LAWS = {
         offsets=(-1.5, -0.75, 0.0, 0.75, 1.5), width_tokens=2**16, knob_tokens=2**17,
         batches=((64, (-9.375, -8.625, -7.875)), (256, (-8.625, -7.875, -7.125, -6.375)), (1024, (-7.125, -6.375, -5.625))),
         widths=((16, (-7.875, -7.125, -6.375)), (64, (-8.625, -7.875, -7.125))), one_setting_batches=(256,), power_rate=-8.125,
-        power_cap=-5.9, wsd_rate=-7.875, cosine_rate=-7.125, cosine_everywhere=False, minutes=8.0,
+        power_cap=-5.9, wsd_rate=-7.875, cosine_rate=-7.125, cosine_everywhere=False, minutes=9.0,
     ),
     "night": PowerLawDesign(
         model=TINY, corpus=PYTHON, batch_tokens=512, horizon_steps=8192, warmup_steps=12, seed_count=5, some_count=4, centre=-7.5,
