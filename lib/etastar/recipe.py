@@ -17,7 +17,9 @@ class Model:
     """Shape of a Granite-shaped decoder: RMSNorm, RoPE, SwiGLU, optional grouped-query attention.
 
     Widths in units (floats of the residual stream), `context` in tokens. `kv_heads` None means one per query head;
-    `ffn_width` None means 8/3 of the width rounded up to a multiple of 16. The vocabulary is the corpus's.
+    `ffn_width` None means 8/3 of the width rounded up to a multiple of 16. The vocabulary is the corpus's. `normalization` "pre" is
+    RMSNorm with a gain before attention, MLP and head; "everywhere" is RMSNorm without a gain on the input of every matrix, and of
+    each head's queries, keys and values (arXiv 2510.03871 §2.2).
     Raises ValueError when the width is not a whole number of heads or heads not a multiple of `kv_heads`.
     """
 
@@ -30,6 +32,7 @@ class Model:
     tied: bool = True
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
+    normalization: Literal["pre", "everywhere"] = "pre"
 
     def check(self):
         for name in ("width", "depth", "head_dim", "context"):
@@ -137,6 +140,50 @@ class ScheduleFreeAdamW:
 
 
 @value
+class Scion:
+    """Scion (arXiv 2502.07529): a step of length lr · radius in each layer's own operator norm, along minus the averaged gradient.
+
+    Token table: each row by its RMS ("rows", 1→RMS norm). Hidden matrices: polar factor by Newton–Schulz (RMS→RMS). Head: each row by
+    its length ("rows") or signs, both of unit RMS→∞ norm. Gains: by their RMS. `momentum` m is 1 − β: average = (1 − m) average +
+    m gradient, 1 is none. Weights shrink by lr · `weight_decay` a step: 0 is the unconstrained form, 1 the constrained one, which
+    keeps every norm within its radius. `hidden_scale` "rms" is √(out/in); with `nesterov` and a momentum of 0.05, "keller",
+    √max(1, out/in), and "adamw", 0.2 √max(out, in), are torch.optim.Muon's. `newton_schulz` "auto" is bf16 on a GPU, fp32 on a CPU.
+    Raises ValueError for a radius ≤ 0 and a momentum outside (0, 1].
+    """
+
+    momentum: float = 1.0
+    weight_decay: float = 0.0
+    radius_embedding: float = 1.0
+    radius_hidden: float = 1.0
+    radius_output: float = 1.0
+    radius_norm: float = 1.0
+    output: Literal["rows", "sign"] = "rows"
+    embedding: Literal["rows", "sign"] = "rows"
+    nesterov: bool = False
+    hidden_scale: Literal["rms", "keller", "adamw"] = "rms"
+    newton_schulz: Literal["auto", "fp32", "bf16"] = "auto"
+    newton_schulz_steps: int = 5
+    clip_norm: float | None = None
+
+    beta2 = 0.0  # it has none; plans ask every optimizer for it
+
+    def check(self):
+        if not 0 < self.momentum <= 1:
+            raise ValueError(f"Scion.momentum is 1 − β and must lie in (0, 1]; got {self.momentum}: 1 is none, 0.1 is β = 0.9")
+        radii = {name: getattr(self, name) for name in ("radius_embedding", "radius_hidden", "radius_output", "radius_norm")}
+        if wrong := {name: radius for name, radius in radii.items() if not 0 < radius < float("inf")}:
+            raise ValueError(f"a radius of Scion must be positive and finite; got {wrong}: a rate of 0 for a layer is `lr_ratios`")
+        if self.weight_decay < 0 or self.newton_schulz_steps < 1 or (self.clip_norm is not None and self.clip_norm <= 0):
+            raise ValueError(f"Scion needs weight_decay ≥ 0, newton_schulz_steps ≥ 1 and clip_norm > 0 or None; got {self}")
+
+    @property
+    def structure(self) -> tuple:
+        """What all slots of a stack must share."""
+        rules = self.output, self.embedding, self.nesterov, self.hidden_scale
+        return *rules, self.newton_schulz, self.newton_schulz_steps, self.weight_decay > 0
+
+
+@value
 class SP:
     """Standard parametrization: one learning rate for all, init N(0, `init_std`²), output projections over √(2·depth)."""
 
@@ -165,6 +212,15 @@ class MuP:
 
 
 @value
+class UnitNorm:
+    """Initialization by dual norm (arXiv 2510.03871 A.2): every matrix starts with norm 1 in its own operator norm, one rate for all.
+
+    Rows of the token table are Gaussian with RMS 1, rows of the head of length 1/√width; hidden matrices are semi-orthogonal times
+    √(out/in), those back into the residual stream also over √(2·depth). It needs an untied head, the two tables having two norms.
+    """
+
+
+@value
 class Execution:
     """How the bits are computed; it is part of the run's id because it decides them.
 
@@ -186,22 +242,24 @@ class Recipe:
     `batch_tokens` is tokens per step and `horizon_tokens` tokens in all; both count predicted tokens. `data_seed` None
     means `seed`. `repeat` allows more than one epoch, which bars the run from horizon claims. `beta2_changes` are pairs
     (after_tokens, beta2): from the step after so many tokens on, AdamW's beta2 is this (arXiv 2508.01483 raises it in the cooldown).
+    `lr_ratios` multiply the rate of the token table, of all within the blocks (and the last gain), and of an untied head.
     Raises ValueError for shapes, batches, horizons, schedules and changes that cannot be.
     """
 
     model: Model
     corpus: Corpus
-    optimizer: AdamW | ScheduleFreeAdamW
+    optimizer: AdamW | ScheduleFreeAdamW | Scion
     schedule: Schedule
     peak_lr: float
     batch_tokens: int
     horizon_tokens: int
-    parametrization: SP | MuP = dataclasses.field(default_factory=SP)
+    parametrization: SP | MuP | UnitNorm = dataclasses.field(default_factory=SP)
     seed: int = 0
     data_seed: int | None = None
     repeat: bool = False
     execution: Execution = dataclasses.field(default_factory=Execution)
     beta2_changes: tuple[tuple[int, float], ...] = ()
+    lr_ratios: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
     def check(self):
         if not self.peak_lr > 0 or self.peak_lr == float("inf"):
@@ -219,6 +277,10 @@ class Recipe:
         micro = self.execution.micro_batch_sequences
         if micro is not None and (micro < 1 or self.batch_sequences % micro):
             raise ValueError(f"micro_batch_sequences {micro} does not divide the batch of {self.batch_sequences} sequences")
+        if not all(0 <= ratio < float("inf") for ratio in self.lr_ratios):
+            raise ValueError(f"lr_ratios (input, hidden, output) must be finite and not negative; got {self.lr_ratios}")
+        if isinstance(self.parametrization, UnitNorm) and self.model.tied:
+            raise ValueError("UnitNorm gives the token table and the head two norms, and this model ties them; set tied=False")
         self.lr()
         if self.beta2_changes:
             self._check_beta2_changes()

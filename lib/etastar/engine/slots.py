@@ -16,21 +16,22 @@ from etastar.observe import Observe
 from etastar.optim.adamw import StackedAdamW, in_force
 from etastar.optim.averaging import StackedAverages
 from etastar.optim.schedule_free import StackedScheduleFreeAdamW
+from etastar.optim.scion import StackedScion
 from etastar.optim.stacked import Flat
-from etastar.recipe import AdamW, Recipe, ScheduleFreeAdamW
+from etastar.recipe import AdamW, Recipe, ScheduleFreeAdamW, Scion
 from etastar.text.batches import batch, validation_batches
 from etastar.text.corpora import TokenSet
 from etastar.values import digest
 
 VALIDATION_TOKENS = 2**16
 
-OPTIMIZERS = {AdamW: StackedAdamW, ScheduleFreeAdamW: StackedScheduleFreeAdamW}
+OPTIMIZERS = {AdamW: StackedAdamW, ScheduleFreeAdamW: StackedScheduleFreeAdamW, Scion: StackedScion}
 
 
 def stack_key(recipe: Recipe) -> str:
     """Recipes with equal keys can share a stack: same shapes, data source and way of computing."""
     return digest(recipe.model, recipe.corpus, recipe.parametrization, recipe.execution, type(recipe.optimizer).__name__,
-                  recipe.batch_sequences)
+                  getattr(recipe.optimizer, "structure", ()), recipe.lr_ratios, recipe.batch_sequences)
 
 
 class SlotStack:
@@ -50,7 +51,7 @@ class SlotStack:
             fix_workspace()  # before anything is put on the GPU
         self.copies = torch.cuda.Stream() if self.device.type == "cuda" else None
         self.scalars = scalars(recipe.parametrization, recipe.model)
-        table = numbers(recipe.parametrization, recipe.model, tokens.vocab)
+        table = numbers(recipe.parametrization, recipe.model, tokens.vocab, recipe.lr_ratios)
         self.flat = Flat(table, slots, self.device)
         self.params = {name: view.requires_grad_() for name, view in self.flat.views(self.flat.data).items()}
         self.grad_MxP = self.flat.like()

@@ -5,31 +5,43 @@ Granite-shaped: RMSNorm, rotary positions, SwiGLU, grouped-query attention, tied
 
 import functools
 import hashlib
+import math
 
 import torch
 import torch.nn.functional as F
 
 from etastar.model.functions import Attention, Gate, Linear, Normalize, Surprise, Turn
-from etastar.model.parametrization import Scalars, numbers, scalars
-from etastar.recipe import SP, Model, MuP
+from etastar.model.parametrization import ParameterNumbers, Scalars, numbers, scalars
+from etastar.recipe import SP, Model, MuP, UnitNorm
 
 Params = dict[str, torch.Tensor]
 
 
-def init_parameters(model: Model, vocab: int, parametrization: SP | MuP, seed: int) -> Params:
+def init_parameters(model: Model, vocab: int, parametrization: SP | MuP | UnitNorm, seed: int) -> Params:
     """Initial fp32 parameters of one run; each drawn from its own stream, keyed by its name and the seed.
 
     A longer, wider or deeper model shifts no other parameter's stream.
     """
-    params = {}
-    for name, row in numbers(parametrization, model, vocab).items():
-        if row.init_std is None:
-            params[name] = torch.ones(row.shape)
-            continue
-        key = hashlib.sha256(f"{name}:{seed}".encode()).digest()
-        stream = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
-        params[name] = torch.randn(row.shape, generator=stream) * row.init_std
-    return params
+    return {name: _initial(name, row, seed) for name, row in numbers(parametrization, model, vocab).items()}
+
+
+def _initial(name: str, row: ParameterNumbers, seed: int) -> torch.Tensor:
+    if row.init_std is None:
+        return torch.ones(row.shape)
+    key = hashlib.sha256(f"{name}:{seed}".encode()).digest()
+    stream = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
+    drawn = torch.randn(row.shape, generator=stream)
+    if row.init == "normal":
+        return drawn * row.init_std
+    if row.init == "rows":
+        return drawn * (row.init_std / drawn.square().mean(1, keepdim=True).sqrt())
+    return torch.cat([_semi_orthogonal(part) * row.init_std for part in drawn.split(row.rows or row.shape[:1])])
+
+
+def _semi_orthogonal(gauss_OxI: torch.Tensor) -> torch.Tensor:
+    """The polar factor of a Gaussian, which is uniform among semi-orthogonal matrices, times √(out/in)."""
+    u, _, vh = torch.linalg.svd(gauss_OxI.double(), full_matrices=False)
+    return (u @ vh * math.sqrt(gauss_OxI.shape[0] / gauss_OxI.shape[1])).float()
 
 
 def stack(runs: list[Params]) -> Params:
@@ -69,26 +81,44 @@ def _blocks(params: Params, tokens_MxBxT: torch.Tensor, model: Model, by: Scalar
     if by.embedding != 1.0:
         x_MxNxD = x_MxNxD * by.embedding
     for i in range(model.depth):
-        attention_norm, qkv, attention_out, mlp_norm, gate_up, mlp_out = (params[f"layers.{i}.{name}"] for name in _LAYER)
-        h_MxNxD = _mix(_gained(x_MxNxD, attention_norm, qkv, model), model, by, tokens_MxBxT.shape)
+        qkv, attention_out, gate_up, mlp_out = (params[f"layers.{i}.{name}"] for name in _MATRICES)
+        attention_norm, mlp_norm = (params.get(f"layers.{i}.{name}") for name in ("attention_norm", "mlp_norm"))
+        h_MxNxC = _of_heads(_gained(x_MxNxD, attention_norm, qkv, model), model)
+        h_MxNxD = _inner(_mix(h_MxNxC, model, by, tokens_MxBxT.shape), model)
         x_MxNxD = torch.add(x_MxNxD, Linear.apply(h_MxNxD, attention_out), alpha=by.residual)
-        h_MxNxF = _gate(_gained(x_MxNxD, mlp_norm, gate_up, model))
+        h_MxNxF = _inner(_gate(_gained(x_MxNxD, mlp_norm, gate_up, model)), model)
         x_MxNxD = torch.add(x_MxNxD, Linear.apply(h_MxNxF, mlp_out), alpha=by.residual)
     return Normalize.apply(x_MxNxD, model.norm_eps)
 
 
-_LAYER = ("attention_norm", "qkv", "attention_out", "mlp_norm", "gate_up", "mlp_out")
+_MATRICES = ("qkv", "attention_out", "gate_up", "mlp_out")
 
 
 def _gained(x_MxNxD, gain_MxD, w_MxOxD, model: Model) -> torch.Tensor:
-    """A linear map of the normalized stream, (M, N, O); the gain is put into the matrix, the smaller of the two."""
-    return Linear.apply(Normalize.apply(x_MxNxD, model.norm_eps), w_MxOxD * gain_MxD[:, None])
+    """A linear map of the normalized stream, (M, N, O); a gain is put into the matrix, the smaller of the two."""
+    return Linear.apply(Normalize.apply(x_MxNxD, model.norm_eps), w_MxOxD if gain_MxD is None else w_MxOxD * gain_MxD[:, None])
+
+
+def _inner(h_MxNxF, model: Model) -> torch.Tensor:
+    """The input of a matrix back into the residual stream, normalized where everything is."""
+    return Normalize.apply(h_MxNxF, model.norm_eps) if model.normalization == "everywhere" else h_MxNxF
+
+
+def _of_heads(qkv_MxNxC, model: Model) -> torch.Tensor:
+    """Queries, keys and values, each head's normalized where everything is."""
+    if model.normalization == "pre":
+        return qkv_MxNxC
+    heads_MxNxAxH = qkv_MxNxC.view(*qkv_MxNxC.shape[:2], -1, model.head_dim)
+    return Normalize.apply(heads_MxNxAxH, model.norm_eps).view(qkv_MxNxC.shape)
 
 
 def _head(params: Params, model: Model, by: Scalars) -> torch.Tensor:
-    """The output matrix (M, V, D) with the last gain and the logits multiplier in it."""
+    """The output matrix (M, V, D) with the last gain, if there is one, and the logits multiplier in it."""
+    table_MxVxD = params["embedding" if model.tied else "head"]
+    if model.normalization == "everywhere":
+        return table_MxVxD if by.logits == 1.0 else table_MxVxD / by.logits
     gain_MxD = params["final_norm"] if by.logits == 1.0 else params["final_norm"] / by.logits
-    return params["embedding" if model.tied else "head"] * gain_MxD[:, None]
+    return table_MxVxD * gain_MxD[:, None]
 
 
 def _gate(x_MxNxG: torch.Tensor) -> torch.Tensor:
@@ -158,7 +188,7 @@ def _rotary_tables(length: int, model: Model, device) -> tuple[torch.Tensor, tor
 class Decoder(torch.nn.Module):
     """One trained model for anybody's use: tokens (B, T) int64 to logits (B, T, V)."""
 
-    def __init__(self, model: Model, vocab: int, parametrization: SP | MuP, params: Params | None = None, seed: int = 0):
+    def __init__(self, model: Model, vocab: int, parametrization: SP | MuP | UnitNorm, params: Params | None = None, seed: int = 0):
         super().__init__()
         self.model, self.vocab, self.scalars = model, vocab, scalars(parametrization, model)
         params = params or init_parameters(model, vocab, parametrization, seed)

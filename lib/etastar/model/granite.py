@@ -10,7 +10,10 @@ _LAYER = {"attention_norm": "input_layernorm", "attention_out": "self_attn.o_pro
 
 
 def granite_config(model: Model, vocab: int, by: Scalars) -> dict:
-    """config.json of a GraniteForCausalLM with this shape and these multipliers."""
+    """config.json of a GraniteForCausalLM with this shape and these multipliers; ValueError for a shape that granite has not."""
+    if model.normalization != "pre":
+        raise ValueError("granite normalizes before attention, MLP and head alone, and this model has "
+                         f'normalization="{model.normalization}", which cannot be told in that form; train with "pre" to export')
     return {
         "architectures": ["GraniteForCausalLM"], "model_type": "granite", "vocab_size": vocab, "hidden_size": model.width,
         "num_hidden_layers": model.depth, "num_attention_heads": model.heads, "num_key_value_heads": model.resolved_kv_heads,

@@ -9,12 +9,16 @@ import math
 
 import pandas as pd
 
-from etastar.recipe import SP, Model, MuP, Recipe
+from etastar.recipe import SP, Model, MuP, Recipe, Scion, UnitNorm
 
 
 @dataclasses.dataclass(frozen=True)
 class ParameterNumbers:
-    """What initialisation and the optimizer need to know of one parameter; `init_std` None means ones."""
+    """What initialisation and the optimizer need to know of one parameter; `init_std` None means ones.
+
+    `init` "normal" draws with `init_std`; "rows" gives each row a length of √columns times `init_std`; "orthogonal" makes each
+    matrix in it semi-orthogonal with RMS→RMS norm `init_std` (`rows` says how many rows each has; (): it is one matrix).
+    """
 
     role: str
     shape: tuple[int, ...]
@@ -22,6 +26,8 @@ class ParameterNumbers:
     lr_multiplier: float
     decay_multiplier: float
     eps_multiplier: float = 1.0
+    init: str = "normal"
+    rows: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +57,19 @@ def parameter_shapes(model: Model, vocab: int) -> dict[str, tuple[int, ...]]:
     shapes["final_norm"] = (width,)
     if not model.tied:
         shapes["head"] = (vocab, width)
-    return shapes
+    gains = model.normalization == "pre"
+    return {name: shape for name, shape in shapes.items() if gains or role_of(name) != "norm"}
+
+
+def fused_rows(name: str, model: Model) -> tuple[int, ...]:
+    """Rows of each matrix that one parameter holds: queries, keys and values; gate and up; else the parameter alone, ().
+
+    An operator norm, and a spectral update, is of each such matrix and not of all of them as one.
+    """
+    if name.endswith(".qkv"):
+        keys = model.resolved_kv_heads * model.head_dim
+        return model.heads * model.head_dim, keys, keys
+    return (model.resolved_ffn_width,) * 2 if name.endswith(".gate_up") else ()
 
 
 def role_of(name: str) -> str:
@@ -61,31 +79,41 @@ def role_of(name: str) -> str:
     return {"embedding": "embedding", "head": "output"}.get(name, "hidden")
 
 
-def numbers(parametrization: SP | MuP, model: Model, vocab: int) -> dict[str, ParameterNumbers]:
-    """The table of a parametrization: every parameter's numbers, by name.
+def numbers(parametrization: SP | MuP | UnitNorm, model: Model, vocab: int,
+            lr_ratios: tuple[float, float, float] = (1.0, 1.0, 1.0)) -> dict[str, ParameterNumbers]:
+    """The table of a parametrization: every parameter's numbers, by name; `lr_ratios` as in a Recipe.
 
     Standard parametrization: N(0, init_std²), the projections back into the residual stream over √(2·depth) (as
     arXiv 2405.18392 and GPT-2 do), one learning rate, decay on matrices but not on the embedding or gains. μP: see recipe.MuP.
     """
-    table = {}
+    table, ratio = {}, dict(zip(("embedding", "hidden", "output"), lr_ratios, strict=True))
     for name, shape in parameter_shapes(model, vocab).items():
-        role, std = role_of(name), parametrization.init_std
+        role = role_of(name)
         wider = width_ratio(parametrization, model) if role == "hidden" else 1.0
-        if name.endswith("_out"):
-            std /= math.sqrt(2 * model.depth)
         decay = 1.0 if role in ("hidden", "output") else 0.0
         if isinstance(parametrization, MuP) and parametrization.decay == "independent":
             decay *= wider
-        table[name] = ParameterNumbers(role, shape, None if role == "norm" else std / math.sqrt(wider), 1.0 / wider, decay)
+        init, std = _start(parametrization, model, role)
+        if name.endswith("_out"):
+            std /= math.sqrt(2 * model.depth)
+        std, lr = None if role == "norm" else std / math.sqrt(wider), ratio.get(role, ratio["hidden"]) / wider
+        table[name] = ParameterNumbers(role, shape, std, lr, decay, init=init, rows=fused_rows(name, model))
     return table
 
 
-def width_ratio(parametrization: SP | MuP, model: Model) -> float:
+def _start(parametrization: SP | MuP | UnitNorm, model: Model, role: str) -> tuple[str, float]:
+    """(kind of initialisation, its scale) of a role."""
+    if not isinstance(parametrization, UnitNorm):
+        return "normal", parametrization.init_std
+    return {"hidden": ("orthogonal", 1.0), "output": ("rows", 1 / model.width)}.get(role, ("rows", 1.0))
+
+
+def width_ratio(parametrization: SP | MuP | UnitNorm, model: Model) -> float:
     """m of μP, the width over the base width; 1 in standard parametrization."""
     return model.width / parametrization.base_width if isinstance(parametrization, MuP) else 1.0
 
 
-def scalars(parametrization: SP | MuP, model: Model) -> Scalars:
+def scalars(parametrization: SP | MuP | UnitNorm, model: Model) -> Scalars:
     """The forward multipliers of a parametrization."""
     if isinstance(parametrization, MuP):
         return Scalars(parametrization.embedding_multiplier, parametrization.residual_multiplier, 1 / model.head_dim,
@@ -95,11 +123,12 @@ def scalars(parametrization: SP | MuP, model: Model) -> Scalars:
 
 def as_table(recipe: Recipe) -> pd.DataFrame:
     """One row a parameter: name, role, shape, init std, learning rate and decay as they apply in this recipe."""
-    table = numbers(recipe.parametrization, recipe.model, recipe.corpus.vocab)
+    table = numbers(recipe.parametrization, recipe.model, recipe.corpus.vocab, recipe.lr_ratios)
+    decays_all = isinstance(recipe.optimizer, Scion)
     return pd.DataFrame([{
         "parameter": name, "role": row.role, "shape": "×".join(map(str, row.shape)), "init_std": row.init_std,
         "peak_lr": recipe.peak_lr * row.lr_multiplier,
-        "weight_decay": recipe.optimizer.weight_decay * row.decay_multiplier,
+        "weight_decay": recipe.optimizer.weight_decay * (1.0 if decays_all else row.decay_multiplier),
     } for name, row in table.items()])
 
 
