@@ -8,7 +8,8 @@ import torch
 
 from benchmarks.rows import show
 
-BENCHES = ("train", "optimizer", "fits", "data", "plan")
+BENCHES = ("train", "optimizer", "fits", "data", "plan", "norms", "distributed_scion")
+ON_CPU = ("distributed_scion",)  # told for a CPU alone, and left out where all are run on a GPU
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -19,7 +20,8 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"unknown benchmark {options.bench!r}; known: {', '.join(BENCHES)}")
         if options.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda was asked for but torch sees no GPU; use --device cpu or install a CUDA build of torch")
-        for bench in (options.bench,) if options.bench else BENCHES:
+        every = [bench for bench in BENCHES if options.device == "cpu" or bench not in ON_CPU]
+        for bench in (options.bench,) if options.bench else every:
             show(importlib.import_module(f"benchmarks.{bench}").rows(options), options.json)
     except (ValueError, RuntimeError) as error:
         print(f"etastar bench: {error}", file=sys.stderr)

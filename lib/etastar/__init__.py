@@ -9,6 +9,8 @@ _PUBLIC = {
     "schedules": ("Constant", "Cosine", "WSD", "LinearToZero", "MultiStep", "InverseSqrt", "Power", "Branch", "Table"),
     "torch_schedule": ("to_lambda_lr",),
     "observe": ("Observe",),
+    "model.norms": ("operator_norms",),
+    "optim.distributed_scion": ("ScionOptimizer", "scion_groups"),
     "engine.execute": ("run",),
     "engine.run": ("Run", "find_run"),
     "engine.between": ("loss_between",),

@@ -36,7 +36,8 @@ from etastar.observe import Observe
 from etastar.recipe import Recipe
 from etastar.values import canonical_json
 
-CURVE_COLUMNS = ("step", "tokens", "lr", "train_loss", "val_loss", "grad_norm")
+NORM_COLUMNS = ("norm_embedding", "norm_hidden", "norm_output")
+CURVE_COLUMNS = ("step", "tokens", "lr", "train_loss", "val_loss", "grad_norm", *NORM_COLUMNS)
 STATE = "state.safetensors"
 ORPHAN_SECONDS = 60.0  # how long the workers of a killed sweep may take to notice and to save; a step that is being compiled is longest
 

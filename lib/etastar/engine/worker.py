@@ -21,6 +21,7 @@ import numpy as np
 from etastar.engine import run as runs
 from etastar.engine.checkpoint import split_state, state_tensors, tensor_bytes
 from etastar.engine.layout import verified
+from etastar.engine.norm_log import slot_norms
 from etastar.engine.plan import Node, controls, prefix_hash
 from etastar.engine.slots import SlotStack, stack_key
 from etastar.engine.store import Store
@@ -62,14 +63,15 @@ class Job:
         self.beta2_turns = frozenset(turns(task.recipe.beta2()))
         self.saved = task.parent
         self.step = self.saved_step = task.parent.step if task.parent else 0
-        self.losses, self.norms, self.val_loss = [], [], {}
+        self.losses, self.norms, self.val_loss, self.weight_norms = [], [], {}, {}
+        self.last_norms: list[float] | None = None  # of the weights as they were last looked at
         self.saved_at = time.monotonic()
 
     def frame(self):
         """The curve since `saved`."""
         losses, norms = (np.concatenate([np.empty(0, np.float32), *parts]) for parts in (self.losses, self.norms))
         return runs.curve_frame(self.task.recipe, self.saved_step, self.lr[self.saved_step : self.saved_step + len(losses)],
-                                losses, norms, self.val_loss)
+                                losses, norms, self.val_loss, self.weight_norms)
 
     def here(self) -> Node:
         """The node of the state after `step` steps."""
@@ -79,7 +81,8 @@ class Job:
 class Worker:
     """The slots of one process. `take(wait)` gives tasks (None: stop); `report(body)` tells what happened.
 
-    `clock` holds the seconds spent: compiling (first steps of a compiled stack), training, validating, loading, writing, waiting.
+    `clock` holds the seconds spent: compiling (first steps of a compiled stack), training, validating, norms (of the weights), loading,
+    writing, waiting.
     """
 
     def __init__(self, store: Store, observe: Observe, snapshot_seconds: float = 60.0):
@@ -137,6 +140,7 @@ class Worker:
                 self.stack.load(slot, task.recipe, split_state(self.store.node_state(task.parent)) if task.parent else None)
             self.jobs[slot] = Job(task)
             if task.parent == task.node:  # the state was there already, only its run has to be written
+                self._log_norms([(slot, self.jobs[slot])])
                 self._look(slot, self.jobs[slot], report)
 
     def _advance(self, report) -> None:
@@ -157,6 +161,8 @@ class Worker:
             job.step += steps
             if job.step in job.beta2_turns:
                 self.stack.set_beta2(slot, job.step)
+        self._log_norms(busy)
+        for slot, job in busy:
             self._look(slot, job, report)
         report({"steps": steps * len(busy), "tokens": sum(steps * job.task.recipe.batch_tokens for _, job in busy)})
 
@@ -164,8 +170,25 @@ class Worker:
         batch_tokens = job.task.recipe.batch_tokens
         ahead = range(job.step + 1, min(job.task.node.step, job.step + self.chunk_steps) + 1)
         due = (step for step in ahead if step == job.task.node.step or step in job.beta2_turns
-               or self.observe.val_due(step, batch_tokens) or self.observe.window_due(step, batch_tokens))
+               or self.observe.val_due(step, batch_tokens) or self.observe.window_due(step, batch_tokens)
+               or self.observe.norms_due(step, batch_tokens))
         return next(due, self.chunk_steps + job.step) - job.step
+
+    def _log_norms(self, held: list[tuple[int, Job]]) -> None:
+        """The norms of the weights of slots for which they are due, all at once, and of those whose runs end here."""
+        if self.observe.norms_every_tokens is None:
+            return
+        due = {slot: job.step > job.saved_step and self.observe.norms_due(job.step, job.task.recipe.batch_tokens) for slot, job in held}
+        wanted = [(slot, job) for slot, job in held
+                  if (due[slot] or (job.step == job.task.node.step and job.task.ends)) and self.stack.is_alive(slot)]
+        if not wanted:
+            return
+        with self._clocked("norms"):
+            found = slot_norms(self.stack, [slot for slot, _ in wanted])
+        for (slot, job), norms in zip(wanted, found, strict=True):
+            job.last_norms = norms
+            if due[slot]:  # a run's end alone is in its own curve, and not in that of the runs that go on
+                job.weight_norms[job.step] = norms
 
     def _look(self, slot: int, job: Job, report) -> None:
         """Validate, save, finish or give up a slot after a stretch of training."""
@@ -202,7 +225,7 @@ class Worker:
             self._write_node(job, task.node, frame, state, "end", diverged_at)
         for recipe in task.ends:
             runs.write_run(self.store, recipe, task.node, self.observe, self.stack.tokens.vocab, model, validation,
-                           averages={} if state is None else state[1])
+                           averages={} if state is None else state[1], weight_norms=job.last_norms)
         if job.saved != task.parent:
             self.store.drop_state(job.saved)
         self.stack.clear(slot)
@@ -215,7 +238,7 @@ class Worker:
         if job.saved != job.task.parent:
             self.store.drop_state(job.saved)
         job.saved, job.saved_step, job.saved_at = node, job.step, time.monotonic()
-        job.losses, job.norms, job.val_loss = [], [], {}
+        job.losses, job.norms, job.val_loss, job.weight_norms = [], [], {}, {}
 
     def _write_node(self, job, node, frame, state, kind, diverged_at) -> None:
         meta = {"kind": kind, "parent": [job.saved.step, job.saved.prefix] if job.saved else None,

@@ -30,13 +30,15 @@ LEAST_SEEDS = 3
 class Contrast:
     """A difference over paired seeds in nats, octaves or a share; variances are pooled within a `family` of like contrasts.
 
-    `horizon_tokens` is that of the runs compared, where it is not the study's own.
+    `horizon_tokens` is that of the runs compared, where it is not the study's own. `short` says why these runs are too small to decide
+    anything: what they show is told, and the verdict is inconclusive whatever it is.
     """
 
     per_seed: np.ndarray
     unit: str = "nats"
     family: str = "tuned"
     horizon_tokens: int | None = None
+    short: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,7 +252,10 @@ def _judge_one(claim, name: str, m: Measurements, too_small: str, elsewhere: str
         return untested(claim, "live", f"{error}; {elsewhere}")
     tokens = contrast.horizon_tokens or m.horizon_tokens
     scale = {"params": m.params, "horizon_tokens": tokens, "tokens_per_param": tokens / m.params}
-    return judge_claim(claim, estimate, evidence="live", scale=scale, matching=False)
+    found = judge_claim(claim, estimate, evidence="live", scale=scale, matching=False)
+    if contrast.short and found.verdict != "inconclusive":
+        return dataclasses.replace(found, verdict="inconclusive", p=1.0, reason=f"{contrast.short}; {found.reason}")
+    return found
 
 
 def controls(m: Measurements, study: str, margin_claim: str, planted_claim: str, contrast: str) -> list[Control]:

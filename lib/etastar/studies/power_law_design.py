@@ -113,9 +113,8 @@ class PowerLawDesign(Design):
         """The runs of a cell."""
         model = dataclasses.replace(self.model, width=cell.width)
         optimizer = AdamW(weight_decay=0.0) if cell.kind == "wsd, no decay" else self.optimizer
-        return [Recipe(model=model, corpus=self.corpus, optimizer=optimizer, schedule=self._schedule(cell, 2.0**rate), peak_lr=2.0**rate,
-                       parametrization=self.parametrization, batch_tokens=cell.batch_tokens, horizon_tokens=cell.horizon_tokens, seed=seed,
-                       execution=self.execution) for rate in cell.rates for seed in cell.seeds]
+        return [self.recipe(self._schedule(cell, 2.0**rate), 2.0**rate, cell.horizon_tokens, seed, model=model, optimizer=optimizer,
+                            batch_tokens=cell.batch_tokens) for rate in cell.rates for seed in cell.seeds]
 
     def _schedule(self, cell: Cell, peak_lr: float):
         warmup = {"warmup_steps": self.warmup_steps}
