@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 import etastar as es
-from etastar.analysis.valley import _grid, _linex, _Problem, fit_valley
+from etastar.analysis.valley import _grid, _Problem, fit_valley, linex
 
 HORIZONS = 2.0 ** np.arange(20, 30, 2)
 RATES = np.arange(-10.0, -2.5)
@@ -134,10 +134,10 @@ def test_the_jacobian_is_that_of_the_residuals():
 @pytest.mark.parametrize("s", [-0.5, 1e-5, 0.0, 0.3, 1.5])
 def test_the_bowls_series_joins_its_closed_form(u, s):
     closed = u**2 / 2 if s == 0 else (math.expm1(s * u) - s * u) / s**2
-    rise, slope, by_skew = (v.item() for v in _linex(np.array([u]), s))
+    rise, slope, by_skew = (v.item() for v in linex(np.array([u]), s))
     assert rise == pytest.approx(closed, rel=1e-6, abs=1e-5 * (abs(s) < 1e-4))
     assert slope == pytest.approx(u if s == 0 else math.expm1(s * u) / s, rel=1e-6)
-    up, down = (_linex(np.array([u]), s + d)[0].item() for d in (1e-5, -1e-5))
+    up, down = (linex(np.array([u]), s + d)[0].item() for d in (1e-5, -1e-5))
     assert by_skew == pytest.approx((up - down) / 2e-5, rel=1e-3, abs=1e-9)
 
 

@@ -144,9 +144,9 @@ def norms_of(params):
 
 
 def trained_by_engine(optimizer, lr, steps):
-    recipe = es.Recipe(model=EVERYWHERE, corpus=es.Corpus("synthetic", vocab=64, options=(("tokens", 200_000), ("validation_tokens", 8_192))),
-                       optimizer=optimizer, schedule=es.Constant(), parametrization=es.UnitNorm(), peak_lr=lr, batch_tokens=64,
-                       horizon_tokens=64 * steps)
+    corpus = es.Corpus("synthetic", vocab=64, options=(("tokens", 200_000), ("validation_tokens", 8_192)))
+    recipe = es.Recipe(model=EVERYWHERE, corpus=corpus, optimizer=optimizer, schedule=es.Constant(), parametrization=es.UnitNorm(),
+                       peak_lr=lr, batch_tokens=64, horizon_tokens=64 * steps)
     stack = SlotStack(recipe, prepare(recipe.corpus), 1)
     stack.load(0, recipe, None)
     stack.train(recipe.lr()[None])

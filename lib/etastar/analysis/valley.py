@@ -216,7 +216,7 @@ class _Problem:
         line, bend, skew, quartic = self.unpack(p)
         u = self.grid.u - self.design @ line
         k = np.exp(self.design[:, :self.bends] @ bend)
-        rise, slope, by_skew = _linex(u, skew)
+        rise, slope, by_skew = linex(u, skew)
         rise, slope = rise + quartic * u**4 / 24, slope + quartic * u**3 / 6
         return k * rise, -k * slope, k * rise, k * by_skew, k * u**4 / 24
 
@@ -269,7 +269,7 @@ class _Problem:
         return np.concatenate([-free, shape[0]]), np.concatenate([free, shape[1]])
 
 
-def _linex(u, s):
+def linex(u, s):
     """(e^(s·u) − s·u − 1)/s² and its derivatives over u and over s; near s = 0 by their series."""
     z = np.clip(s * u, -60, 30)
     small = np.abs(z) < 1e-3

@@ -13,6 +13,8 @@ from etastar.plots.cooldown import (
 )
 from etastar.plots.laws import law_lines, recommendation
 from etastar.plots.noise import noise_levels, pairing
+from etastar.plots.norm_rules import invariants, layer_groups, rule_exponents
+from etastar.plots.norm_transfer import loss_by_norm, norm_growth, norm_locations, optimal_norm, surfaces
 from etastar.plots.power_laws import local_slopes, power_sensitivity, prediction, regrets, valley_bowls, valley_lines
 from etastar.plots.published_laws import batch_exponents, exponent_estimates, law_costs, law_map
 from etastar.plots.style import LINES, LOSS, MARKERS, STYLE, Drawing, save
@@ -20,8 +22,9 @@ from etastar.plots.tune import tuned
 
 __all__ = [
     "LINES", "LOSS", "MARKERS", "STYLE", "UNITS", "VERDICT_MARKS", "Drawing", "averaging_spans", "batch_exponents", "exponent_estimates",
-    "law_costs", "law_lines", "law_map", "law_predictions", "length_lines", "local_slopes", "loss_curves", "loss_on_line", "lr_bowls",
-    "noise_levels", "overshoot", "paired_differences", "pairing", "perplexity_lines", "power_sensitivity", "prediction",
-    "published_lengths", "published_shapes", "recommendation", "regrets", "save", "schedule_lines", "tuned", "valley_bowls", "valley_lines",
+    "invariants", "law_costs", "law_lines", "law_map", "law_predictions", "layer_groups", "length_lines", "local_slopes", "loss_by_norm",
+    "loss_curves", "loss_on_line", "lr_bowls", "noise_levels", "norm_growth", "norm_locations", "optimal_norm", "overshoot",
+    "paired_differences", "pairing", "perplexity_lines", "power_sensitivity", "prediction", "published_lengths", "published_shapes",
+    "recommendation", "regrets", "rule_exponents", "save", "schedule_lines", "surfaces", "tuned", "valley_bowls", "valley_lines",
     "verdict_forest",
 ]
