@@ -66,7 +66,7 @@ class NormDesign(Design):
 
     Grids lie about the valleys: `batch_count` powers of two and `rate_count` rates, whole `rate_step`s so that horizons share trunks.
     Scion has `seed_count` seeds, everything else `some_count`. Momentum and decay are at `side_tokens`, shapes at `shape_tokens`, on
-    three by three, which AdamW has everywhere unless `adamw_count`;
+    three by three; AdamW has `adamw_count` batches and rates, at `adamw_tokens` (empty: all horizons);
     layer groups at `layer_tokens` and a quarter of it, `layers` being (optimizer, normalization, multiple of the best batch). `moves` are
     the octaves by which a group's rate is moved on its own. `growth_rates` go with the first of `growth_batches`, and these with the
     first rate.
@@ -89,6 +89,7 @@ class NormDesign(Design):
     depths: tuple[int, ...] = ()
     adamw_shapes: bool = False
     adamw_count: int = 3
+    adamw_tokens: tuple[int, ...] = ()
     momentum: float | None = 0.1
     decayed: bool = True
     layer_tokens: int = 0
@@ -112,7 +113,7 @@ class NormDesign(Design):
         """All of a preset, the primary claims' first."""
         every, some, scion = tuple(self.seeds), tuple(self.seeds[: self.some_count]), self.arm("scion")
         made = self._growth(every[: self.growth_count]) + self._surface(scion, self.horizons, every)
-        made += self._surface(self.arm("adamw"), self.horizons, some)
+        made += self._surface(self.arm("adamw"), self.adamw_tokens or self.horizons, some)
         made += self._layers(some)
         for width, depth in [(w, self.model.depth) for w in self.widths] + [(self.model.width, d) for d in self.depths]:
             for optimizer in ("scion", "adamw") if self.adamw_shapes else ("scion",):
@@ -196,6 +197,7 @@ class NormDesign(Design):
         fold = 2 ** math.ceil(math.log2(self.horizon_steps / made.horizon_steps))
         return dataclasses.replace(made, horizon_steps=self.horizon_steps // fold, side_tokens=self.side_tokens // fold,
                                    shape_tokens=self.shape_tokens // fold,
+                                   adamw_tokens=tuple(tokens // fold for tokens in self.adamw_tokens),
                                    layer_tokens=self.layer_tokens // fold, some_count=min(self.some_count, made.seed_count))
 
 
@@ -206,8 +208,8 @@ def _moved(group: str, octaves: float) -> tuple[float, float, float]:
 NANO = Model(width=32, depth=2, head_dim=16, context=32, tied=False, **EVERYWHERE)
 BYTES = Corpus("python", vocab=257)  # a batch of Scion's is best at a few vocabularies, so a small one leaves it the most steps
 
-SCION = Valley(2**16, 480, -2.4, batch_of_tokens=0.45, rate_of_batch=0.75)
-ADAMW = Valley(2**18, 190, -7.3, batch_of_tokens=0.6, rate_of_batch=0.4, rate_of_tokens=-0.1)
+SCION = Valley(2**16, 380, -2.3, batch_of_tokens=0.35, rate_of_batch=0.7)
+ADAMW = Valley(2**18, 190, -7.4, batch_of_tokens=0.9, rate_of_batch=0.45, rate_of_tokens=0.0)
 
 # Valleys are from surfaces over pilot seed 1 with the cpu preset's model (LOG.md has the tables)
 NORM_TRANSFER = {
@@ -218,8 +220,8 @@ NORM_TRANSFER = {
     ),
     "cpu": NormDesign(
         model=NANO, corpus=BYTES, batch_tokens=512, horizon_steps=512, warmup_steps=0, seed_count=4, centre=-2.0, offsets=(0.0,),
-        scion=SCION, adamw=ADAMW, batch_count=3, widths=(16, 64), layer_tokens=2**16,
-        layers=(("scion", "everywhere", 1), ("scion", "everywhere", 4)), growth_batches=(64, 128, 256), minutes=9.0,
+        scion=SCION, adamw=ADAMW, batch_count=3, widths=(16, 64), momentum=None, layer_tokens=2**18,
+        layers=(("scion", "everywhere", 1),), adamw_tokens=(2**16,), growth_batches=(64, 128, 256), minutes=9.0,
     ),
     "night": NormDesign(
         model=NANO, corpus=BYTES, batch_tokens=512, horizon_steps=8192, warmup_steps=0, seed_count=4, centre=-2.0, offsets=(0.0,),
