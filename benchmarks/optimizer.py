@@ -1,4 +1,4 @@
-"""One optimizer step: StackedAdamW against torch.optim.AdamW in its three implementations, on the same parameter shapes."""
+"""One optimizer step: StackedAdamW and StackedScion against torch.optim.AdamW in its three implementations, on the same shapes."""
 
 import itertools
 import statistics
@@ -13,7 +13,9 @@ from benchmarks.shapes import recipe_of, shapes
 from etastar.model.decoder import init_parameters
 from etastar.model.parametrization import numbers
 from etastar.optim.adamw import StackedAdamW
+from etastar.optim.scion import StackedScion
 from etastar.optim.stacked import Flat
+from etastar.recipe import Scion
 
 SLOTS = (1, 8)
 REFERENCE = "torch.optim.AdamW fused"
@@ -31,7 +33,8 @@ def measure(shape_name: str, device: str, rounds: int) -> list[dict]:
     torch.set_num_threads(1)
     recipe = recipe_of(shapes([shape_name], device)[0], device)
     params = init_parameters(recipe.model, recipe.corpus.vocab, recipe.parametrization, 0)
-    steps = {f"StackedAdamW {slots} slot{'s' * (slots > 1)}": (slots, _ours(recipe, slots, device)) for slots in SLOTS}
+    steps = {f"{kind.__name__} {slots} slot{'s' * (slots > 1)}": (slots, _ours(kind, optimizer, recipe, slots, device))
+             for kind, optimizer in ((StackedAdamW, recipe.optimizer), (StackedScion, Scion())) for slots in SLOTS}
     for kind in ("for-loop", "foreach", "fused"):
         steps[f"torch.optim.AdamW {kind}"] = 1, _torch(recipe, params, kind, device)
     measured = in_turns({way: _timed(step, device) for way, (_, step) in steps.items()}, rounds)
@@ -45,11 +48,11 @@ def measure(shape_name: str, device: str, rounds: int) -> list[dict]:
     return found
 
 
-def _ours(recipe, slots: int, device: str):
+def _ours(kind, options, recipe, slots: int, device: str):
     flat = Flat(numbers(recipe.parametrization, recipe.model, recipe.corpus.vocab), slots, device)
-    optimizer = StackedAdamW(flat)
+    optimizer = kind(flat)
     for slot in range(slots):
-        optimizer.configure(slot, recipe.optimizer)
+        optimizer.configure(slot, options)
     flat.data.normal_(std=0.02)
     grad_MxP = torch.randn_like(flat.data)
     lr_M = torch.full((slots,), recipe.peak_lr, dtype=torch.float64, device=device)

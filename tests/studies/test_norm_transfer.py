@@ -14,10 +14,13 @@ from etastar.recipe import AdamW
 from etastar.studies import layer_groups
 from etastar.studies import norm_transfer as study
 from etastar.studies import norm_transfer_measures as measures
-from etastar.studies.norm_transfer_design import GROUPS, NORM_TRANSFER
+from etastar.studies.norm_transfer_design import GROUPS, NORM_TRANSFER, Valley
 from etastar.studies.norm_transfer_measures import PUBLISHED_GROWTH, Grids, arm_of
 
-PLAN = NORM_TRANSFER["cpu"]
+PLAN = dataclasses.replace(  # the cpu preset with more arms, about the valleys of the made-up world
+    NORM_TRANSFER["cpu"], adamw_tokens=(), momentum=0.1, layer_tokens=2**16, layers=(("scion", "everywhere", 1), ("scion", "everywhere", 4)),
+    scion=Valley(2**16, 512, -2.4, batch_of_tokens=0.45, rate_of_batch=0.6, rate_of_tokens=-0.55),
+    adamw=Valley(2**16, 90, -7.6, batch_of_tokens=0.45, rate_of_batch=0.6, rate_of_tokens=-0.55))
 
 
 class Run(FakeRun):
@@ -49,7 +52,7 @@ def world(norm_slope=0.0, lr_of_tokens=-0.28, batch_of_tokens=0.45, lr_of_batch=
     for r in dict.fromkeys(recipe for cell in plan.cells for recipe in plan.recipes(cell)):
         valley = plan.adamw if isinstance(r.optimizer, AdamW) else plan.scion
         octaves = math.log2(r.horizon_tokens / 2**16)
-        w = math.log2(r.batch_tokens / (best_batch if valley is plan.scion else 80.0)) - batch_of_tokens * octaves
+        w = math.log2(r.batch_tokens / (best_batch if valley is plan.scion else 90.0)) - batch_of_tokens * octaves
         rate = (-2.4 if valley is plan.scion else -7.6) + lr_of_tokens * octaves + lr_of_batch * w
         v = math.log2(r.peak_lr) - rate
         loss = 3.0 - 0.1 * octaves + 0.03 * v**2 + 0.03 * w**2 + shift.setdefault(r.seed, rng.normal(0, 0.03)) + rng.normal(0, noise)

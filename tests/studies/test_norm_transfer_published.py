@@ -61,7 +61,7 @@ def test_without_exported_tables_every_registered_claim_is_untested_and_told_how
     assert set(found) == set(IDS)
     for finding in found.values():
         assert (finding.verdict, finding.evidence, finding.estimate) == ("untested", "archive", None)
-        assert finding.reason.endswith("`ETASTAR_NORM_TRANSFER=FOLDER etastar reproduce 05_norm_transfer`")
+        assert finding.reason.endswith("`ETASTAR_NORM_TRANSFER=FOLDER make reproduce STUDY=05_norm_transfer`")
     registered(CLAIMS[0])
     assert [f.claim.id for f in published.published_findings()] == ["norm_invariant_scion"]
 

@@ -20,7 +20,10 @@ VERDICT_MARKS = {  # colour and shape, so that neither is needed alone; the verd
 UNITS = {  # axis label and the value that means no difference
     "token_fraction": ("loss difference as a share of tokens (negative: as good as that many more tokens)", 0),
     "nats": (DIFFERENCE, 0),
-    "octaves": ("difference in log2 of the best learning rate (octaves)", 0),
+    "octaves": ("difference in log2 (octaves)", 0),
+    "octaves per octave": ("slope of a log2 norm (octaves per octave of tokens)", 0),
+    "half-widths": ("difference of drifts (half-widths of the loss basin)", 0),
+    "loss_fraction": ("loss difference as a share of the loss (negative: lower)", 0),
     "ratio": ("ratio", 1),
     "exponent": ("exponent", None),
     "share": ("share", None),

@@ -5,6 +5,7 @@ paired. A tuned arm has a bowl over seeds; a seed is judged at the vertex of the
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -31,7 +32,8 @@ class Contrast:
     """A difference over paired seeds in nats, octaves or a share; variances are pooled within a `family` of like contrasts.
 
     `horizon_tokens` is that of the runs compared, where it is not the study's own. `short` says why these runs are too small to decide
-    anything: what they show is told, and the verdict is inconclusive whatever it is.
+    anything: what they show is told, and the verdict is inconclusive whatever it is. `spread` is a deviation over ways to fit, which is
+    added to the standard error.
     """
 
     per_seed: np.ndarray
@@ -39,6 +41,7 @@ class Contrast:
     family: str = "tuned"
     horizon_tokens: int | None = None
     short: str = ""
+    spread: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +117,8 @@ class Measurements:
         """
         contrast = self.contrasts[name]
         if contrast.unit != "nats":
-            return mean_estimate(contrast.per_seed, contrast.unit)
+            estimate = mean_estimate(contrast.per_seed, contrast.unit)
+            return dataclasses.replace(estimate, se=math.hypot(estimate.se, contrast.spread))
         estimate = mean_estimate(contrast.per_seed, pooled=self.pooled[contrast.family])
         return token_equivalent(estimate, self.slope) if unit == "token_fraction" else estimate
 
@@ -290,6 +294,7 @@ def achieved_power(m: Measurements) -> pd.DataFrame:
             continue
         in_nats = contrast.unit == "nats"
         e = mean_estimate(per_seed, pooled=m.pooled[contrast.family] if in_nats else None)
+        e = dataclasses.replace(e, se=math.hypot(e.se, contrast.spread))
         tokens = slope if in_nats else np.nan
         rows.append({"contrast": name, "seeds": len(per_seed), "unit": contrast.unit, "sd": float(np.std(per_seed, ddof=1)),
                      "detectable": e.detectable(), "provable_margin": e.provable_margin(),

@@ -6,6 +6,7 @@ Constant rates, no warm-up, normalization everywhere, initialization by dual nor
 At every horizon the optimum is that of a surface over log rate and log batch, never the best cell of the grid; the seed is the unit.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -15,7 +16,9 @@ from etastar import plots
 from etastar.analysis.board import Board
 from etastar.analysis.claims import Finding, load_claims
 from etastar.analysis.controls import PLANTED, TRUTH, Control, aa_control, not_run, planted_control, truth_control
+from etastar.analysis.lr_batch_grid import AXES
 from etastar.analysis.power import power_table
+from etastar.analysis.surface_truth import SurfaceTruth, norm_slope_uncertainty
 from etastar.model.parametrization import count_parameters
 from etastar.observe import Observe
 from etastar.recipe import Recipe
@@ -24,8 +27,8 @@ from etastar.studies import measured as common
 from etastar.studies import norm_transfer_measures as measures
 from etastar.studies import norm_transfer_published as published
 from etastar.studies.measured import Measurements
-from etastar.studies.norm_transfer_design import NORM_TRANSFER, Cell, NormDesign
-from etastar.studies.norm_transfer_measures import ADAMW, SCION, Grids, arm_of
+from etastar.studies.norm_transfer_design import NORM_TRANSFER, Arm, Cell, NormDesign
+from etastar.studies.norm_transfer_measures import ADAMW, PUBLISHED_GROWTH, SCION, Grids, arm_of
 
 STUDY = "05_norm_transfer"
 achieved_power = common.achieved_power
@@ -155,7 +158,9 @@ def figures(measured: Measurements, board: Board | None = None) -> dict:
             made[f"loss_by_norm_{optimizer}"] = plots.loss_by_norm(grid, own)
             made[f"surfaces_{optimizer}"] = plots.surfaces(grid, own, own)
         fixed = tables.get("fixed_batch", pd.DataFrame(columns=["optimizer", "horizon_tokens", "batch_tokens", "log2_norm"]))
-        made["optimal_norm"] = plots.optimal_norm(main, fixed)
+        told = main[main.groupby("optimizer").log2_norm.transform("count") > 0]
+        if len(told):
+            made["optimal_norm"] = plots.optimal_norm(told, fixed[fixed.optimizer.isin(told.optimizer)])
         shapes = _shapes(measured, best)
         if len(shapes):
             made["norm_by_shape"] = plots.norm_locations(shapes)
@@ -217,11 +222,29 @@ def power(preset: str, minutes: float | None = None) -> pd.DataFrame:
         return {"contrast": name, "runs": sum(len(c.rates) for c in cells) * seeds, "seeds": seeds, "tokens": sum(trunks.values()) * seeds,
                 "sd": sd, "slope": math.nan}
 
-    main = [c for c in plan.cells if c.role == "surface" and c.arm in (plan.arm(SCION), plan.arm(ADAMW))]
-    rows = [row(f"{name}: norm slope", [c for c in main if c.arm.name == name], plan.norm_slope_sd) for name in (SCION, ADAMW)]
+    rows = []
+    for name in (SCION, ADAMW):
+        cells = [c for c in plan.cells if c.role == "surface" and c.arm == plan.arm(name)]
+        if len({c.horizon_tokens for c in cells}) > 1:
+            rows.append(row(f"{name}: norm slope", cells, slope_sd(plan, plan.arm(name))))
     rows.append(row("growth: offset", [c for c in plan.cells if c.role == "growth"], 0.05))
     layers = [c for c in plan.cells if c.role == "layers"]
     return power_table(rows + ([row("layers: gain, best batch", layers, 0.004)] if layers else []))
+
+
+@functools.lru_cache
+def slope_sd(plan: NormDesign, arm: Arm) -> float:
+    """What a seed's norm slope deviates by under a design (octaves per octave of tokens), by surfaces drawn at the pilot's noise.
+
+    The coarseness of batches and rates is in it. Curvatures and deviations are those of pilot seeds.
+    """
+    cells = [c for c in plan.cells if c.role == "surface" and c.arm == arm]
+    valley, seeds = plan.valley(arm), len(cells[0].seeds)
+    grid = pd.DataFrame([(c.horizon_tokens, c.batch_tokens, 2.0**rate) for c in cells for rate in c.rates], columns=list(AXES))
+    truth = SurfaceTruth(2.0**valley.rate, valley.batch_tokens, valley.horizon_tokens, batch_exponent=valley.batch_of_tokens,
+                         lr_exponent=valley.rate_of_tokens + valley.rate_of_batch * valley.batch_of_tokens,
+                         lr_batch_exponent=valley.rate_of_batch, lr_curvature=0.05, batch_curvature=0.05, run_sd=plan.run_sd_nats)
+    return norm_slope_uncertainty(grid, truth, seeds=seeds, draws=40).sd * math.sqrt(seeds)
 
 
 def interpretation(measured: Measurements, findings: list[Finding]) -> str:
@@ -259,4 +282,12 @@ def _growth_told(grown: pd.DataFrame) -> str:
     return (f"At LR · steps of 2^{grown.log2_lr_steps.min():g} … 2^{grown.log2_lr_steps.max():g} the log2 output norm is {met}; over "
             f"{grown.peak_lr.nunique()} rates, {grown.batch_tokens.nunique()} batches and {grown.seed.nunique()} seeds it differs by "
             f"{spread:.2f} at most, and it stays {-over:.2f} octaves or more below log2(1 + LR · steps). The mean offset from the "
-            f"published curve is {grown.offset.mean():+.2f}.")
+            f"published curve is {grown.offset.mean():+.2f}." + _growth_slope(by.log2_norm.mean()))
+
+
+def _growth_slope(norm: pd.Series) -> str:
+    """The slope of growth from LR · steps of 2^3 to 2^5, beside the published one."""
+    if not {3, 5} <= set(norm.index):
+        return ""
+    published = (PUBLISHED_GROWTH[5] - PUBLISHED_GROWTH[3]) / 2
+    return f" From 2^3 to 2^5 it grows by {(norm[5] - norm[3]) / 2:.2f} octaves an octave of LR · steps (published {published:.2f})."

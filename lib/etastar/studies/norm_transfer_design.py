@@ -100,8 +100,7 @@ class NormDesign(Design):
     growth_batches: tuple[int, ...] = (128, 256, 512)
     growth_steps: int = 1024
     growth_count: int = 3
-    norm_slope_sd: float = 0.1  # of a seed, octaves of norm per octave of tokens over a 16-fold range
-    nats_of_grid: float = 0.01  # the excess that the half-width of a basin is told at
+    run_sd_nats: float = 0.012  # of a run about what its seed does to all
 
     @property
     def horizons(self) -> list[int]:
@@ -231,10 +230,10 @@ NORM_TRANSFER = {
     ),
     "gpu": NormDesign(
         model=Model(width=256, depth=4, head_dim=64, context=256, tied=False, **EVERYWHERE), corpus=Corpus("python", vocab=1024),
-        batch_tokens=8192, horizon_steps=8192, warmup_steps=0, seed_count=3, centre=-2.0, offsets=(0.0,), horizons_back=4,
+        batch_tokens=8192, horizon_steps=2048, warmup_steps=0, seed_count=3, centre=-2.0, offsets=(0.0,), horizons_back=4,
         scion=Valley(2**22, 16_384, -3.0, batch_of_tokens=0.45, rate_of_batch=0.75), adamw=Valley(2**22, 4096, -8.0, 0.35, 0.5, -0.25),
-        side_tokens=2**22, shape_tokens=2**22, widths=(128, 512, 1024), depths=(2, 16, 32),
-        adamw_shapes=True, layer_tokens=2**22, growth_batches=(2048, 4096, 8192), minutes=15.0, execution=Execution(device="cuda"),
+        side_tokens=2**20, shape_tokens=2**20, widths=(128, 512, 1024), depths=(2, 16, 32),
+        adamw_shapes=True, layer_tokens=2**20, growth_batches=(2048, 4096, 8192), minutes=15.0, execution=Execution(device="cuda"),
     ),
     # planned and costed here: the paper's proxy; its batches are told in sequences of 4096 tokens
     "paper": NormDesign(

@@ -6,11 +6,13 @@ import math
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from etastar.analysis.fixed_batch import FixedBatch, fixed_batch
 from etastar.analysis.joint_surface import fit_joint_surface
 from etastar.analysis.lr_batch_surface import Surfaces, fit_surfaces
 from etastar.analysis.norm_rivals import horizon_optimum, rivals
+from etastar.analysis.paired import mean_estimate
 from etastar.model.norms import operator_norms
 from etastar.recipe import AdamW, Recipe, Scion
 from etastar.schedules import WSD
@@ -97,22 +99,21 @@ class Grids:
         return {arm: self._surface(arm) for arm in self.frame[self.frame.main].arm.unique()}
 
     def surface(self, arm: str) -> pd.DataFrame:
-        """The grid of an arm: at every horizon the batches with three rates that a set of seeds shares; empty where there are not three."""
+        """The grid of an arm: at every horizon the cells with most seeds, in batches of three rates or more; empty for fewer than three."""
         return self.surfaces.get(arm, self.frame.iloc[:0])
 
     def _surface(self, arm: str) -> pd.DataFrame:
-        rows, kept = self.frame[self.frame.arm == arm], []
+        rows, kept = self.frame[self.frame.arm == arm].drop_duplicates(AXES), []
         for _, at in rows.groupby("horizon_tokens"):
-            rates = at.groupby("batch_tokens").peak_lr.transform("nunique")
-            at = at[rates >= 3]
-            seeds = set.intersection(*(set(cell.seed) for _, cell in at.groupby(["batch_tokens", "peak_lr"]))) if len(at) else set()
-            at = at[at.seed.isin(seeds)]
-            if at.batch_tokens.nunique() >= 3 and seeds:
+            cells = at.groupby(["batch_tokens", "peak_lr"])
+            at = at[cells.seed.transform("nunique") == cells.seed.nunique().max()]  # cells run with fewer seeds were for something else
+            at = at[at.groupby("batch_tokens").peak_lr.transform("nunique") >= 3]
+            if at.batch_tokens.nunique() >= 3:
                 kept.append(at)
         if not kept:
             return rows.iloc[:0]
-        seeds = set.intersection(*(set(at.seed) for at in kept))
-        return pd.concat(kept).query("seed in @seeds").sort_values(AXES).drop_duplicates(AXES)
+        table = pd.concat(kept)
+        return table[table.seed.isin(set.intersection(*(set(at.seed) for at in kept)))].sort_values(AXES)
 
 
 # -- surfaces ----------------------------------------------------------------------------------------------------------
@@ -154,9 +155,19 @@ def optima(grids: Grids) -> pd.DataFrame:
             except ValueError:
                 continue
             first = at.iloc[0]
+            row |= dict.fromkeys(PLACES, math.nan) if _far(row, at) else {}
             rows.append({"arm": arm, "optimizer": first.optimizer, "width": first.width, "depth": first.depth,
                          "steps": first.horizon_tokens / row["best_batch_tokens"], **row})
     return pd.DataFrame(rows)
+
+
+PLACES = [f"{name}{side}" for name in ("best_lr", "best_batch_tokens", "best_loss", "log2_norm") for side in ("", "_low", "_high")]
+
+
+def _far(row: dict, at: pd.DataFrame) -> bool:
+    """Whether an optimum lies over an octave beyond the grid, where a quadratic knows nothing of it."""
+    return any(not grid.min() / 2 <= row[name] <= grid.max() * 2
+               for name, grid in (("best_lr", at.peak_lr), ("best_batch_tokens", at.batch_tokens)))
 
 
 def rules(found, fixed_found) -> pd.DataFrame:
@@ -247,14 +258,11 @@ def slope_contrasts(grids: Grids, found, fixed_found, best: pd.DataFrame) -> dic
         if fit is None or len(fit.seeds) < 2 or horizons.max() / horizons.min() < LEAST_RANGE:
             continue
         short, tokens = too_short(best, arm), int(horizons.max())
-        per_seed = {f"{optimizer}: norm slope": (fit.norm_slope_per_seed, "octaves per octave"),
-                    f"{optimizer}: lr exponent": (fit.lr_exponent_per_seed, "exponent"),
-                    f"{optimizer}: batch exponent": (fit.batch_exponent_per_seed, "exponent"),
-                    f"{optimizer}: rule, batch": (fit.lr_batch_exponent_per_seed, "exponent"),
-                    f"{optimizer}: rule, tokens": (fit.lr_horizon_exponent_per_seed, "exponent")}
-        if bowls is not None:
-            per_seed[f"{optimizer}: norm slope, fixed batch"] = bowls.norm_slope_per_seed, "octaves per octave"
-        made |= {name: Contrast(np.array(values), unit, "exponents", tokens, short) for name, (values, unit) in per_seed.items()}
+        read = {"norm slope": (fit, "norm_slope"), "lr exponent": (fit, "lr_exponent"), "batch exponent": (fit, "batch_exponent"),
+                "rule, batch": (fit, "lr_batch_exponent"), "rule, tokens": (fit, "lr_horizon_exponent"),
+                "norm slope, fixed batch": (bowls, "norm_slope")}
+        made |= {f"{optimizer}: {name}": Contrast(np.array(getattr(of, f"{field}_per_seed")), UNITS[field], "exponents", tokens, short,
+                                                  window_sd(of, field)) for name, (of, field) in read.items() if of is not None}
         norm = float(best[(best.arm == arm) & (best.edge == "")].log2_norm.mean())
         reach = first_reach(grids, arm, norm) if math.isfinite(norm) else pd.DataFrame()
         if len(reach) >= 2:
@@ -265,8 +273,18 @@ def slope_contrasts(grids: Grids, found, fixed_found, best: pd.DataFrame) -> dic
         if a is not None and b is not None:
             n = min(len(a.per_seed), len(b.per_seed))  # seeds are shared, the first ones of each
             made[f"scion − adamw: {name}"] = Contrast(a.per_seed[:n] - b.per_seed[:n], "exponent", "exponents", a.horizon_tokens,
-                                                      a.short or b.short)
+                                                      a.short or b.short, math.hypot(a.spread, b.spread))
     return made
+
+
+UNITS = dict.fromkeys(("lr_exponent", "batch_exponent", "lr_batch_exponent", "lr_horizon_exponent"), "exponent") | {
+    "norm_slope": "octaves per octave"}
+
+
+def window_sd(fit, field: str) -> float:
+    """The deviation over fit windows that is in a fit's interval beside what its seeds say."""
+    half, own = getattr(fit, f"{field}_high") - getattr(fit, field), mean_estimate(getattr(fit, f"{field}_per_seed")).interval(fit.level)
+    return math.sqrt(max(0.0, half**2 - ((own[1] - own[0]) / 2) ** 2)) / stats.norm.ppf(0.5 + fit.level / 2)
 
 
 def too_short(best: pd.DataFrame, *arms: str) -> str:

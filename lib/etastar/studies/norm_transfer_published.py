@@ -27,7 +27,7 @@ PUBLISHED = Path(__file__).resolve().parents[3] / "data" / "published"
 HORIZONS = tuple(2**k for k in range(31, 38))  # of the scale that the claims ask for; every optimum has 256 steps or more
 SEQUENCES = (32, 2048)  # batches of the paper's fits
 FAR_OCTAVES = 2  # of the batch, in the answer on sufficiency
-COMMAND = f"{VARIABLE}=FOLDER etastar reproduce {STUDY}"
+COMMAND = f"{VARIABLE}=FOLDER make reproduce STUDY={STUDY}"
 EXPORT = ("export the runs as CSV with the authors' scripts (SDLAML/norm-transfer) or `etastar.archives.norm_transfer.from_tracker` and "
           f"`write_table`, then `{COMMAND}`")
 
