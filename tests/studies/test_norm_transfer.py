@@ -18,7 +18,8 @@ from etastar.studies.norm_transfer_design import GROUPS, NORM_TRANSFER, Valley
 from etastar.studies.norm_transfer_measures import PUBLISHED_GROWTH, Grids, arm_of
 
 PLAN = dataclasses.replace(  # the cpu preset with more arms, about the valleys of the made-up world
-    NORM_TRANSFER["cpu"], adamw_tokens=(), momentum=0.1, layer_tokens=2**16, layers=(("scion", "everywhere", 1), ("scion", "everywhere", 4)),
+    NORM_TRANSFER["cpu"], adamw_tokens=(), momentum=0.1, layer_tokens=2**16,
+    layers=(("scion", "everywhere", 1), ("scion", "everywhere", 4)),
     scion=Valley(2**16, 512, -2.4, batch_of_tokens=0.45, rate_of_batch=0.6, rate_of_tokens=-0.55),
     adamw=Valley(2**16, 90, -7.6, batch_of_tokens=0.45, rate_of_batch=0.6, rate_of_tokens=-0.55))
 
