@@ -104,6 +104,15 @@ def test_a_norm_that_stays_is_inconclusive_where_optima_have_too_few_steps_and_r
     assert rows.verdict["norm_invariant_scion"] == "differs at this scale"
 
 
+def test_the_papers_own_fit_of_the_same_runs_finds_the_norm_at_every_batch(measured):
+    own = measured.tables["by_paper"].query("arm == 'scion, 32×2' and inside")
+    bowls = measured.tables["fixed_batch"].query("arm == 'scion, 32×2'").set_index(["horizon_tokens", "batch_tokens"]).log2_norm
+    near = [abs(row.log2_norm - bowls[row.horizon_tokens, row.batch_tokens]) for row in own.itertuples()
+            if (row.horizon_tokens, row.batch_tokens) in bowls.index]
+    assert len(near) >= 6 and max(near) < 0.6  # a parabola through the loss at norm 1 is not the bowl about the optimum
+    assert own[own.best].groupby("horizon_tokens").size().max() == 1
+
+
 def test_growth_is_judged_by_its_offset_from_the_published_curve(measured):
     rows = live(study, measured)
     assert rows.verdict["norm_growth_offset"] == "reproduced" and rows.estimate["norm_growth_offset"] == pytest.approx(-0.1, abs=0.02)

@@ -69,8 +69,10 @@ def measure(runs) -> Measurements:
                  | measures.shape_contrasts(grids, best) | measures.sufficiency(grids, best) | measures.sensitivity(grids, best)
                  | measures.rival_contrasts(grids, rivals, short) | layer_groups.contrasts(moved))
     surface = pd.concat([grids.surface(arm) for arm in best.arm.unique()]) if len(best) else grids.frame.iloc[:0]
-    tables = {"optima": best, "rules": measures.rules(fits, bowls), "rivals": rivals, "growth": grown, "surfaces": surface,
-              "fixed_batch": _fixed_rows(bowls), "layer_gains": layer_groups.gains(moved), "layer_ratios": layer_groups.ratios(moved)}
+    by_paper = measures.by_paper(grids, arms, runs[0].recipe.corpus.vocab)
+    tables = {"optima": best, "by_paper": by_paper, "rules": measures.rules(fits, bowls), "rivals": rivals, "growth": grown,
+              "surfaces": surface, "fixed_batch": _fixed_rows(bowls), "layer_gains": layer_groups.gains(moved),
+              "layer_ratios": layer_groups.ratios(moved)}
     longest = max((r.recipe for r in runs if arm_of(r.recipe) == arms[0]), key=lambda r: r.horizon_tokens)
     steps = int(grids.frame[grids.frame.arm == arms[0]].steps.max())
     params = count_parameters(longest.model, longest.corpus.vocab)["total"]

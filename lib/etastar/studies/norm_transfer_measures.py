@@ -11,6 +11,7 @@ from scipy import stats
 from etastar.analysis.fixed_batch import FixedBatch, fixed_batch
 from etastar.analysis.joint_surface import fit_joint_surface
 from etastar.analysis.lr_batch_surface import Surfaces, fit_surfaces
+from etastar.analysis.norm_parabola import PAPER_FIT, norm_optima
 from etastar.analysis.norm_rivals import horizon_optimum, rivals
 from etastar.analysis.paired import mean_estimate
 from etastar.model.norms import operator_norms
@@ -168,6 +169,27 @@ def _far(row: dict, at: pd.DataFrame) -> bool:
     """Whether an optimum lies over an octave beyond the grid, where a quadratic knows nothing of it."""
     return any(not grid.min() / 2 <= row[name] <= grid.max() * 2
                for name, grid in (("best_lr", at.peak_lr), ("best_batch_tokens", at.batch_tokens)))
+
+
+def by_paper(grids: Grids, arms, vocab: int) -> pd.DataFrame:
+    """The same runs, means over seeds, put through the paper's own fit: a parabola of loss over log2 norm at every batch and horizon.
+
+    `best` marks the batch of the grid that it takes at a horizon. The loss at norm 1 is that of logits with the variance of cosines.
+    """
+    rows = []
+    for arm in arms:
+        cells = grids.surface(arm).groupby(["horizon_tokens", "batch_tokens", "peak_lr", "width"], as_index=False)
+        points = cells[["loss", "log2_norm"]].mean()
+        if points.empty:
+            continue
+        start = math.log(vocab) + 1 / (2 * points.width.iloc[0])
+        try:
+            found = norm_optima(points.assign(model=arm), initial_loss=start, **PAPER_FIT)
+        except ValueError:  # no batch has three runs
+            continue
+        rows.append(found.assign(best=found.loss == found.groupby("horizon_tokens").loss.transform("min")))
+    columns = ["model", "horizon_tokens", "batch_tokens", "peak_lr", "log2_norm", "loss", "inside", "best"]
+    return pd.concat(rows, ignore_index=True)[columns].rename(columns={"model": "arm"}) if rows else pd.DataFrame()
 
 
 def rules(found, fixed_found) -> pd.DataFrame:
