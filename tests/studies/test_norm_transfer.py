@@ -155,6 +155,9 @@ def test_all_presets_have_runs_whose_horizons_share_trunks_and_lie_two_octaves_a
     assert len(NORM_TRANSFER["night"].horizons) == 5
     trunks = {(r.peak_lr, r.batch_tokens, r.horizon_tokens) for r in study.recipes("cpu") if arm_of(r) == "scion, 32×2"}
     assert sum((lr, b, 2**16) in trunks for lr, b, tokens in trunks if tokens == 2**18) >= 4
+    planned = {name: study.power(name).set_index("contrast") for name in ("smoke", "cpu")}
+    assert "adamw: norm slope" not in planned["smoke"].index  # the best batch of so short runs is under a sequence: nothing to show
+    assert 0.005 < planned["cpu"].sd_nats["scion: norm slope"] < 0.06 and planned["cpu"].seeds["scion: norm slope"] == 4
     shorter = study.design("cpu", minutes=2.0)
     assert shorter.horizons[-1] < PLAN.horizons[-1] and shorter.seed_count == 2
 

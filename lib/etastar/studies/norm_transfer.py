@@ -227,8 +227,8 @@ def power(preset: str, minutes: float | None = None) -> pd.DataFrame:
     rows = []
     for name in (SCION, ADAMW):
         cells = [c for c in plan.cells if c.role == "surface" and c.arm == plan.arm(name)]
-        if len({c.horizon_tokens for c in cells}) > 1:
-            rows.append(row(f"{name}: norm slope", cells, slope_sd(plan, plan.arm(name))))
+        if len({c.horizon_tokens for c in cells}) > 1 and math.isfinite(sd := slope_sd(plan, plan.arm(name))):
+            rows.append(row(f"{name}: norm slope", cells, sd))
     rows.append(row("growth: offset", [c for c in plan.cells if c.role == "growth"], 0.05))
     layers = [c for c in plan.cells if c.role == "layers"]
     return power_table(rows + ([row("layers: gain, best batch", layers, 0.004)] if layers else []))
@@ -238,7 +238,8 @@ def power(preset: str, minutes: float | None = None) -> pd.DataFrame:
 def slope_sd(plan: NormDesign, arm: Arm) -> float:
     """What a seed's norm slope deviates by under a design (octaves per octave of tokens), by surfaces drawn at the pilot's noise.
 
-    The coarseness of batches and rates is in it. Curvatures and deviations are those of pilot seeds.
+    The coarseness of batches and rates is in it. Curvatures and deviations are those of pilot seeds. NaN for a design whose grids
+    do not hold their optima, batches being no shorter than a sequence: it can show no slope.
     """
     cells = [c for c in plan.cells if c.role == "surface" and c.arm == arm]
     valley, seeds = plan.valley(arm), len(cells[0].seeds)
@@ -246,7 +247,10 @@ def slope_sd(plan: NormDesign, arm: Arm) -> float:
     truth = SurfaceTruth(2.0**valley.rate, valley.batch_tokens, valley.horizon_tokens, batch_exponent=valley.batch_of_tokens,
                          lr_exponent=valley.rate_of_tokens + valley.rate_of_batch * valley.batch_of_tokens,
                          lr_batch_exponent=valley.rate_of_batch, lr_curvature=0.05, batch_curvature=0.05, run_sd=plan.run_sd_nats)
-    return norm_slope_uncertainty(grid, truth, seeds=seeds, draws=40).sd * math.sqrt(seeds)
+    try:
+        return norm_slope_uncertainty(grid, truth, seeds=seeds, draws=40).sd * math.sqrt(seeds)
+    except ValueError:  # more than half of the draws have their optimum beyond the grid
+        return math.nan
 
 
 def interpretation(measured: Measurements, findings: list[Finding]) -> str:
