@@ -8,6 +8,7 @@ import pytest
 import etastar as es
 from etastar.studies import norm_transfer as study
 from etastar.studies import norm_transfer_measures as measures
+from etastar.studies.norm_transfer_grids import norms_of
 
 BOUND, AGREEMENT = 1e-6, 0.15  # octaves
 
@@ -35,4 +36,4 @@ def test_the_norm_is_never_more_than_one_and_the_sum_of_the_rates(grown):
         assert len(curve) >= 32
         assert (np.log2(curve.norm_output) <= np.log2(1 + run.recipe.peak_lr * curve.step) + BOUND).all()
         at_end = math.log2(float(curve.norm_output.iloc[-1]))
-        assert measures.norms_of(run)["log2_norm"] == pytest.approx(at_end, abs=1e-5)  # the log is the weights' own
+        assert norms_of(run)["log2_norm"] == pytest.approx(at_end, abs=1e-5)  # the log is the weights' own

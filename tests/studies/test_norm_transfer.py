@@ -13,9 +13,11 @@ from etastar.analysis.claims import load_claims
 from etastar.recipe import AdamW
 from etastar.studies import layer_groups
 from etastar.studies import norm_transfer as study
+from etastar.studies import norm_transfer_grids as grids
 from etastar.studies import norm_transfer_measures as measures
 from etastar.studies.norm_transfer_design import GROUPS, NORM_TRANSFER, Valley
-from etastar.studies.norm_transfer_measures import PUBLISHED_GROWTH, Grids, arm_of
+from etastar.studies.norm_transfer_grids import Grids, arm_of
+from etastar.studies.norm_transfer_measures import PUBLISHED_GROWTH
 
 PLAN = dataclasses.replace(  # the cpu preset with more arms, about the valleys of the made-up world
     NORM_TRANSFER["cpu"], adamw_tokens=(), momentum=0.1, layer_tokens=2**16,
@@ -68,15 +70,15 @@ def world(norm_slope=0.0, lr_of_tokens=-0.28, batch_of_tokens=0.45, lr_of_batch=
 @pytest.fixture(autouse=True)
 def known_norms(monkeypatch):
     def norms_of(run):
-        return dict(zip(measures.NORMS, (run.norm, run.norm - 0.5, run.norm / 2, run.norm / 3), strict=True))
+        return dict(zip(grids.NORMS, (run.norm, run.norm - 0.5, run.norm / 2, run.norm / 3), strict=True))
 
-    monkeypatch.setattr(measures, "norms_of", norms_of)
+    monkeypatch.setattr(grids, "norms_of", norms_of)
 
 
 @pytest.fixture(scope="module")
 def measured():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measures, "norms_of", lambda run: dict(zip(measures.NORMS, (run.norm, run.norm - 0.5, run.norm / 2, run.norm / 3),
+        patch.setattr(grids, "norms_of", lambda run: dict(zip(grids.NORMS, (run.norm, run.norm - 0.5, run.norm / 2, run.norm / 3),
                                                                  strict=True)))
         return study.measure(world())
 
@@ -156,7 +158,9 @@ def test_all_presets_have_runs_whose_horizons_share_trunks_and_lie_two_octaves_a
     trunks = {(r.peak_lr, r.batch_tokens, r.horizon_tokens) for r in study.recipes("cpu") if arm_of(r) == "scion, 32×2"}
     assert sum((lr, b, 2**16) in trunks for lr, b, tokens in trunks if tokens == 2**18) >= 4
     planned = {name: study.power(name).set_index("contrast") for name in ("smoke", "cpu")}
-    assert "adamw: norm slope" not in planned["smoke"].index  # the best batch of so short runs is under a sequence: nothing to show
+    assert "adamw: norm slope" not in planned["smoke"].index  # at one horizon
+    under = dataclasses.replace(NORM_TRANSFER["smoke"], adamw_tokens=())
+    assert math.isnan(study.slope_sd(under, under.arm("adamw")))  # the best batch of so short runs is under a sequence: nothing to show
     assert 0.005 < planned["cpu"].sd_nats["scion: norm slope"] < 0.06 and planned["cpu"].seeds["scion: norm slope"] == 4
     shorter = study.design("cpu", minutes=2.0)
     assert shorter.horizons[-1] < PLAN.horizons[-1] and shorter.seed_count == 2

@@ -28,7 +28,8 @@ from etastar.studies import norm_transfer_measures as measures
 from etastar.studies import norm_transfer_published as published
 from etastar.studies.measured import Measurements
 from etastar.studies.norm_transfer_design import NORM_TRANSFER, Arm, Cell, NormDesign
-from etastar.studies.norm_transfer_measures import ADAMW, PUBLISHED_GROWTH, SCION, Grids, arm_of
+from etastar.studies.norm_transfer_grids import ADAMW, SCION, Grids, arm_of
+from etastar.studies.norm_transfer_measures import PUBLISHED_GROWTH
 
 STUDY = "05_norm_transfer"
 achieved_power = common.achieved_power
@@ -248,7 +249,7 @@ def slope_sd(plan: NormDesign, arm: Arm) -> float:
                          lr_exponent=valley.rate_of_tokens + valley.rate_of_batch * valley.batch_of_tokens,
                          lr_batch_exponent=valley.rate_of_batch, lr_curvature=0.05, batch_curvature=0.05, run_sd=plan.run_sd_nats)
     try:
-        return norm_slope_uncertainty(grid, truth, seeds=seeds, draws=40).sd * math.sqrt(seeds)
+        return norm_slope_uncertainty(grid, truth, seeds=seeds, draws=20).sd * math.sqrt(seeds)
     except ValueError:  # more than half of the draws have their optimum beyond the grid
         return math.nan
 

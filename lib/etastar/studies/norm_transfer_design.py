@@ -218,7 +218,7 @@ NORM_TRANSFER = {
     "smoke": NormDesign(
         model=NANO, corpus=Corpus("python", vocab=257, max_bytes=4_000_000), batch_tokens=256, horizon_steps=64,
         seed_count=2, some_count=2, horizons_back=1, scion=SCION_VALLEY, adamw=ADAMW_VALLEY, batch_count=3, rate_count=3,
-        side_tokens=2**12, momentum=None, decayed=False, growth_batches=(64, 128, 256), growth_count=1, minutes=1.0,
+        adamw_tokens=(2**14,), side_tokens=2**12, momentum=None, decayed=False, growth_batches=(64, 128, 256), growth_count=1, minutes=1.0,
     ),
     "cpu": NormDesign(
         model=NANO, corpus=BYTES, batch_tokens=512, horizon_steps=512, seed_count=4,

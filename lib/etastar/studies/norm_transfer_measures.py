@@ -1,7 +1,5 @@
 """What the runs of study 05 say: optima over rate and batch and the norms there, rules, rivals of the norm, growth, sensitivities."""
 
-import dataclasses
-import functools
 import math
 
 import numpy as np
@@ -14,14 +12,9 @@ from etastar.analysis.lr_batch_surface import Surfaces, fit_surfaces
 from etastar.analysis.norm_parabola import PAPER_FIT, norm_optima
 from etastar.analysis.norm_rivals import horizon_optimum, rivals
 from etastar.analysis.paired import mean_estimate
-from etastar.model.norms import operator_norms
-from etastar.recipe import AdamW, Recipe, Scion
-from etastar.schedules import WSD
-from etastar.studies import measured as common
 from etastar.studies.measured import LEAST_STEPS, Contrast, minus
-from etastar.studies.norm_transfer_design import DECAY_SHARE, GROUPS
+from etastar.studies.norm_transfer_grids import ADAMW, SCION, Grids
 
-SCION, ADAMW = "scion", "adamw"
 LEAST_RANGE = 16.0  # of tokens, for a slope or an exponent that counts
 PUBLISHED_GROWTH = {0: 0.88, 1: 1.49, 2: 2.25, 3: 3.11, 4: 3.94, 5: 4.76, 6: 5.4}  # log2 (LR · steps) → log2 norm, arXiv 2510.03871 Fig. 5
 PUBLISHED = {"best rate over tokens": -0.28, "best batch over tokens": 0.45, "rate at a batch, over batch": 0.62,
@@ -29,92 +22,6 @@ PUBLISHED = {"best rate over tokens": -0.28, "best batch over tokens": 0.45, "ra
              "first reach, over batch": 1.32, "first reach, over tokens": -0.96}
 CANDIDATES = {"log2_norm": "output RMS→∞", "log2_output_rms": "output RMS→RMS", "log2_hidden": "hidden RMS→RMS",
               "log2_input": "input 1→RMS", "log2_lr_steps": "LR · steps", "log2_lr": "LR"}
-AXES = ["horizon_tokens", "batch_tokens", "peak_lr", "seed"]
-
-
-# -- runs --------------------------------------------------------------------------------------------------------------
-
-
-def arm_of(recipe: Recipe) -> str:
-    """The arm a recipe belongs to: optimizer, momentum, decay, normalization, shape and layer-group ratios."""
-    optimizer = recipe.optimizer
-    name = ADAMW if isinstance(optimizer, AdamW) else SCION
-    name += f", momentum {optimizer.momentum:g}" if isinstance(optimizer, Scion) and optimizer.momentum != 1 else ""
-    name += ", decayed" if isinstance(recipe.schedule, WSD) else ""
-    name += ", pre-norm" if recipe.model.normalization == "pre" else ""
-    name += f", {recipe.model.width}×{recipe.model.depth}"
-    moved = [f"{group} 2^{math.log2(ratio):g}" for group, ratio in zip(GROUPS, recipe.lr_ratios, strict=True) if ratio != 1]
-    return name + "".join(f", {part}" for part in moved)
-
-
-def told(run) -> dict:
-    """What a run is and the log2 norms of its matrices at the end; NaN where it diverged."""
-    r = run.recipe
-    decay = 1 - DECAY_SHARE if isinstance(r.schedule, WSD) else 1.0
-    row = {"run_id": run.run_id, "optimizer": ADAMW if isinstance(r.optimizer, AdamW) else SCION, "batch_tokens": r.batch_tokens,
-           "steps": r.total_steps, "width": r.model.width, "depth": r.model.depth, "normalization": r.model.normalization,
-           "main": r.lr_ratios == (1.0, 1.0, 1.0), "log2_lr": math.log2(r.peak_lr), "log2_lr_steps": math.log2(r.lr().sum()),
-           "constant_tokens": 2 ** round(math.log2(r.horizon_tokens * decay))}
-    row |= {f"ratio_{group}": math.log2(ratio) if ratio else -math.inf for group, ratio in zip(GROUPS, r.lr_ratios, strict=True)}
-    return row | (dict.fromkeys(NORMS, math.nan) if run.status == "diverged" else norms_of(run))
-
-
-NORMS = ("log2_norm", "log2_output_rms", "log2_hidden", "log2_input")
-
-
-def norms_of(run) -> dict[str, float]:
-    """Log2 norms of a run's weights: of the head RMS→∞ and RMS→RMS, the largest RMS→RMS of a hidden matrix, 1→RMS of the token table."""
-    by_role = {role: rows.max(numeric_only=True) for role, rows in operator_norms(run.model()).groupby("role")}
-    values = by_role["output"].norm, by_role["output"].rms_to_rms, by_role["hidden"].norm, by_role["embedding"].norm
-    return dict(zip(NORMS, np.log2(values).tolist(), strict=True))
-
-
-def frame_of(runs) -> pd.DataFrame:
-    """One row a run: arm, peak_lr, seed, horizon_tokens (of the constant part), loss, and what `told` tells."""
-    frame = common.losses(runs, arm_of)
-    frame = frame.merge(pd.DataFrame([told(r) for r in {r.run_id: r for r in runs}.values()]), on="run_id")
-    return frame.assign(horizon_tokens=frame.constant_tokens)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Grids:
-    """All runs; `shape` is the (width, depth) that most horizons have, `side_tokens` the horizon at which other arms were run."""
-
-    frame: pd.DataFrame
-    shape: tuple[int, int]
-
-    @staticmethod
-    def of(runs) -> "Grids":
-        """Of all runs of a preset."""
-        frame = frame_of(runs)
-        shapes = frame[frame.main].groupby(["width", "depth"]).horizon_tokens.nunique()
-        return Grids(frame, shapes.idxmax())
-
-    def arm(self, name: str, width: int | None = None, depth: int | None = None) -> str:
-        """The arm of the main shape, or of another."""
-        return f"{name}, {width or self.shape[0]}×{depth or self.shape[1]}"
-
-    @functools.cached_property
-    def surfaces(self) -> dict[str, pd.DataFrame]:
-        """The grid of every arm without layer-group ratios."""
-        return {arm: self._surface(arm) for arm in self.frame[self.frame.main].arm.unique()}
-
-    def surface(self, arm: str) -> pd.DataFrame:
-        """The grid of an arm: at every horizon the cells with most seeds, in batches of three rates or more; empty for fewer than three."""
-        return self.surfaces.get(arm, self.frame.iloc[:0])
-
-    def _surface(self, arm: str) -> pd.DataFrame:
-        rows, kept = self.frame[self.frame.arm == arm].drop_duplicates(AXES), []
-        for _, at in rows.groupby("horizon_tokens"):
-            cells = at.groupby(["batch_tokens", "peak_lr"])
-            at = at[cells.seed.transform("nunique") == cells.seed.nunique().max()]  # cells run with fewer seeds were for something else
-            at = at[at.groupby("batch_tokens").peak_lr.transform("nunique") >= 3]
-            if at.batch_tokens.nunique() >= 3:
-                kept.append(at)
-        if not kept:
-            return rows.iloc[:0]
-        table = pd.concat(kept)
-        return table[table.seed.isin(set.intersection(*(set(at.seed) for at in kept)))].sort_values(AXES)
 
 
 # -- surfaces ----------------------------------------------------------------------------------------------------------
