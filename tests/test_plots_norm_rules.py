@@ -2,7 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from drawn import assert_text_is_whole_and_apart
-from matplotlib.collections import LineCollection
+from marks import bare, crosses, faint, joined, legend, marked_points, notes, only, segments, title, xy
 
 from etastar import plots
 
@@ -49,59 +49,10 @@ def figures():
 def scarce():
     """One optimizer, one seed, one rule, one horizon."""
     return {
-        "rules": plots.rule_exponents(_bare(_one(_rules(), optimizer="AdamW", rule="slope of the norm"))),
-        "invariants": plots.invariants(_bare(_one(_rivals(), optimizer="Scion"))),
-        "groups": plots.layer_groups(_bare(_one(_gains(), horizon_tokens=2**20)), _one(_ratios((0,)), optimizer="Scion")),
+        "rules": plots.rule_exponents(bare(only(_rules(), optimizer="AdamW", rule="slope of the norm"))),
+        "invariants": plots.invariants(bare(only(_rivals(), optimizer="Scion"))),
+        "groups": plots.layer_groups(bare(only(_gains(), horizon_tokens=2**20)), only(_ratios((0,)), optimizer="Scion")),
     }
-
-
-def _bare(frame):
-    """Of one seed: no interval."""
-    return frame.assign(**{name: np.nan for name in frame if name.endswith(("low", "high"))})
-
-
-def _one(frame, **kept):
-    for name, value in kept.items():
-        frame = frame[frame[name] == value]
-    return frame
-
-
-def _xy(line):
-    return np.asarray(line.get_xdata(), dtype=float), np.asarray(line.get_ydata(), dtype=float)
-
-
-def _title(ax):
-    return ax.get_title(loc="left")
-
-
-def _legend(fig):
-    return [text.get_text() for text in fig.legends[0].get_texts()]
-
-
-def _notes(fig):
-    return fig.legends[0].get_title().get_text()
-
-
-def _faint(ax):
-    return [_xy(line) for line in ax.get_lines() if line.get_alpha() == 0.35]
-
-
-def _joined(ax):
-    """Marked lines through several points that are no seeds."""
-    lines = [line for line in ax.get_lines() if line.get_linestyle() != "None" and len(line.get_xdata()) > 1]
-    return [line for line in lines if line.get_marker() not in ("None", "") and line.get_alpha() is None]
-
-
-def _points(ax, size=8):
-    return [line for line in ax.get_lines() if line.get_markersize() == size and len(line.get_xdata())]
-
-
-def _crosses(ax):
-    return [_xy(line) for line in ax.get_lines() if line.get_marker() == "x" and len(line.get_xdata())]
-
-
-def _segments(ax):
-    return [np.array(c.get_segments()) for c in ax.collections if isinstance(c, LineCollection)]
 
 
 def test_no_text_of_a_figure_of_rules_is_cut_or_covered_and_legends_lie_above_the_data(figures, scarce):
@@ -121,28 +72,28 @@ def test_figures_of_rules_carry_their_units(figures):
 
 def test_exponents_stand_in_the_row_of_their_optimizer_and_method_with_the_published_diamond(figures):
     fig, rules = figures["rules"], _rules()
-    assert [_title(ax) for ax in fig.axes] == list(rules["rule"].unique())
+    assert [title(ax) for ax in fig.axes] == list(rules["rule"].unique())
     told = [text.get_text() for text in fig.axes[0].get_yticklabels()]
     assert told == ["Scion, two-step", "Scion, joint", "AdamW, two-step", "AdamW, joint"]
     for ax in fig.axes:
-        of = rules[rules["rule"] == _title(ax)]
-        points = [_xy(line) for line in _points(ax, 7)]
+        of = rules[rules["rule"] == title(ax)]
+        points = [xy(line) for line in marked_points(ax, 7)]
         assert np.concatenate([x for x, _ in points]).tolist() == of["value"].tolist()
         assert np.concatenate([y for _, y in points]).tolist() == [0, 1, 2, 3]
-        np.testing.assert_allclose(np.concatenate(_segments(ax))[:, :, 0], of[["low", "high"]])
-        told = np.concatenate([_xy(line)[0] for line in ax.get_lines() if line.get_marker() == "d" and len(line.get_xdata())])
+        np.testing.assert_allclose(np.concatenate(segments(ax))[:, :, 0], of[["low", "high"]])
+        told = np.concatenate([xy(line)[0] for line in ax.get_lines() if line.get_marker() == "d" and len(line.get_xdata())])
         np.testing.assert_array_equal(told, of["published"])
-    assert _legend(fig) == ["Scion", "AdamW", "published"]
-    assert _legend(plots.rule_exponents(_one(rules, optimizer="AdamW"))) == ["AdamW"]
+    assert legend(fig) == ["Scion", "AdamW", "published"]
+    assert legend(plots.rule_exponents(only(rules, optimizer="AdamW"))) == ["AdamW"]
 
 
 def test_drifts_stand_in_the_row_of_their_candidate_beside_the_basin(figures):
     ax = figures["invariants"].axes[0]
     assert [text.get_text() for text in ax.get_yticklabels()] == ["output norm RMS→∞", "hidden norm RMS→RMS", "rate · steps"]
-    points = [_xy(line) for line in _points(ax, 7)]
+    points = [xy(line) for line in marked_points(ax, 7)]
     assert [x.tolist() for x, _ in points] == [[0.4, -2.5, 3.2], [-0.4, 2.5, -3.2]]
     assert [np.round(y).tolist() for _, y in points] == [[0, 1, 2]] * 2
-    np.testing.assert_allclose(_segments(ax)[0][:, :, 0], [[-0.1, 1], [-3, -1.9], [2.7, 3.8]])
+    np.testing.assert_allclose(segments(ax)[0][:, :, 0], [[-0.1, 1], [-3, -1.9], [2.7, 3.8]])
     assert [line.get_xdata()[0] for line in ax.get_lines() if line.get_linestyle() == "--" and len(line.get_xdata())] == [-1, 1]
     wide = plots.invariants(_rivals().assign(low=-1e3, high=1e3)).axes[0]
     assert wide.get_xlim() == pytest.approx((-6.4, 6.4))
@@ -153,25 +104,25 @@ def test_gains_stand_in_the_row_of_their_setting_a_colour_a_horizon(figures):
     ax, told = fig.axes[0], _gains()
     assert [text.get_text() for text in ax.get_yticklabels()][:3] == [
         "Scion, norm everywhere, batch $B^*$", "Scion, norm everywhere, batch 4$B^*$", "Scion, norm before blocks, batch $B^*$"]
-    points = [_xy(line) for line in _points(ax, 7)]
+    points = [xy(line) for line in marked_points(ax, 7)]
     for (x, y), horizon in zip(points, (2**20, 2**22), strict=True):
         assert x.tolist() == told[told["horizon_tokens"] == horizon]["gain_percent"].tolist() and np.round(y).tolist() == list(range(8))
-    assert _legend(fig.subfigs[0]) == ["$2^{20}$ tokens", "$2^{22}$ tokens"]
+    assert legend(fig.subfigs[0]) == ["$2^{20}$ tokens", "$2^{22}$ tokens"]
 
 
 def test_the_loss_over_a_group_s_rate_is_drawn_a_panel_a_setting(figures):
     fig, ratios = figures["groups"], _ratios()
     panels = fig.subfigs[1].axes
-    assert [_title(ax) for ax in panels] == ["Scion, norm everywhere", "Scion, norm before blocks", "AdamW, norm everywhere",
+    assert [title(ax) for ax in panels] == ["Scion, norm everywhere", "Scion, norm before blocks", "AdamW, norm everywhere",
                                                   "AdamW, norm before blocks"]
-    assert _legend(fig.subfigs[1]) == ["input", "hidden", "output", "batch $B^*$", "batch 4$B^*$"]
+    assert legend(fig.subfigs[1]) == ["input", "hidden", "output", "batch $B^*$", "batch 4$B^*$"]
     for ax, diverged in zip(panels, (False, False, True, True), strict=True):
-        means = {(line.get_marker(), line.get_linestyle()): _xy(line) for line in _joined(ax)}
+        means = {(line.get_marker(), line.get_linestyle()): xy(line) for line in joined(ax)}
         assert len(means) == 6
         hidden = means["s", "--"]
         assert hidden[0].tolist() == [-4, -2, 0, 2, 4] and hidden[1] == pytest.approx(0.02 * (hidden[0] + 2) ** 2 + 0.005)
-        assert len(means["^", "-"][0]) == (4 if diverged else 5) and bool(_crosses(ax)) == diverged
-    assert "diverged" in _notes(fig.subfigs[1]) and len(_faint(panels[0])) == 6
+        assert len(means["^", "-"][0]) == (4 if diverged else 5) and bool(crosses(ax)) == diverged
+    assert "diverged" in notes(fig.subfigs[1]) and len(faint(panels[0])) == 6
     with pytest.raises(ValueError, match="no layer group 'head'; a group is one of input, hidden, output"):
         plots.layer_groups(_gains(), ratios.assign(group="head"))
 

@@ -2,6 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from drawn import assert_text_is_whole_and_apart, text_boxes
+from marks import bare, crosses, faint, joined, legend, marked_points, notes, only, segments, title, xy
 from matplotlib.collections import LineCollection, PathCollection
 
 from etastar import plots
@@ -32,11 +33,6 @@ def _optima(optimizer="Scion", level=6.0, edges=("", "", "", "", ""), horizons=H
     frame = pd.DataFrame({"optimizer": optimizer, "horizon_tokens": horizons, "log2_norm": level + 0.05 * i, "best_loss": 4 - 0.3 * i,
                           "best_lr": 2.0 ** (-3 - 0.5 * i), "best_batch_tokens": 2.0**10, "edge": list(edges)[: len(horizons)]})
     return frame.assign(log2_norm_low=frame["log2_norm"] - 0.3, log2_norm_high=frame["log2_norm"] + 0.4)
-
-
-def _bare(frame):
-    """Of one seed: no interval."""
-    return frame.assign(**{name: np.nan for name in frame if name.endswith(("low", "high"))})
 
 
 def _fits(horizons=HORIZONS):
@@ -79,70 +75,26 @@ def figures():
     }
 
 
-def _one(frame, **kept):
-    for name, value in kept.items():
-        frame = frame[frame[name] == value]
-    return frame
-
-
 @pytest.fixture(scope="module")
 def scarce():
     """One horizon, one seed, one optimizer, no companions."""
     first, runs = HORIZONS[:1], _runs(HORIZONS[:1], seeds=(0,))
     return {
-        "loss": plots.loss_by_norm(runs, _bare(_optima(horizons=first))), "loss alone": plots.loss_by_norm(runs),
-        "norm": plots.optimal_norm(_bare(_optima(horizons=first)).assign(basin=0.4)),
+        "loss": plots.loss_by_norm(runs, bare(_optima(horizons=first))), "loss alone": plots.loss_by_norm(runs),
+        "norm": plots.optimal_norm(bare(_optima(horizons=first)).assign(basin=0.4)),
         "surfaces": plots.surfaces(runs, _optima(horizons=first)), "surfaces alone": plots.surfaces(runs),
         "growth": plots.norm_growth(_curves(seeds=(0,))),
-        "models": plots.norm_locations(_bare(_one(_models(), optimizer="Scion", kind="width"))),
+        "models": plots.norm_locations(bare(only(_models(), optimizer="Scion", kind="width"))),
     }
-
-
-def _xy(line):
-    return np.asarray(line.get_xdata(), dtype=float), np.asarray(line.get_ydata(), dtype=float)
-
-
-def _title(ax):
-    return ax.get_title(loc="left")
-
-
-def _legend(fig):
-    return [text.get_text() for text in fig.legends[0].get_texts()]
-
-
-def _notes(fig):
-    return fig.legends[0].get_title().get_text()
-
-
-def _faint(ax):
-    return [_xy(line) for line in ax.get_lines() if line.get_alpha() == 0.35]
-
-
-def _joined(ax):
-    """Marked lines through several points that are no seeds."""
-    lines = [line for line in ax.get_lines() if line.get_linestyle() != "None" and len(line.get_xdata()) > 1]
-    return [line for line in lines if line.get_marker() not in ("None", "") and line.get_alpha() is None]
-
-
-def _points(ax, size=8):
-    return [line for line in ax.get_lines() if line.get_markersize() == size and len(line.get_xdata())]
 
 
 def _stars(ax):
     return [line for line in ax.get_lines() if line.get_marker() == "*" and len(line.get_xdata())]
 
 
-def _crosses(ax):
-    return [_xy(line) for line in ax.get_lines() if line.get_marker() == "x" and len(line.get_xdata())]
-
-
 def _arrows(ax):
     """(point, way) of every arrow."""
     return [(note.xy, tuple(np.sign(note.xyann))) for note in ax.texts if note.arrow_patch is not None]
-
-
-def _segments(ax):
-    return [np.array(c.get_segments()) for c in ax.collections if isinstance(c, LineCollection)]
 
 
 def test_no_text_of_a_norm_figure_is_cut_or_covered_and_legends_lie_above_the_data(figures, scarce):
@@ -168,23 +120,23 @@ def test_norm_figures_carry_their_units(figures):
 
 def test_loss_over_the_norm_joins_the_means_of_the_seeds_in_the_order_of_the_rate(figures):
     fig = figures["loss"]
-    assert [_title(ax) for ax in fig.axes] == [f"$2^{{{k}}}$ tokens" for k in (18, 20, 22, 24, 26)]
+    assert [title(ax) for ax in fig.axes] == [f"$2^{{{k}}}$ tokens" for k in (18, 20, 22, 24, 26)]
     runs = _runs()
     for ax, horizon in zip(fig.axes, HORIZONS, strict=True):
         at = runs[(runs["horizon_tokens"] == horizon) & (runs["batch_tokens"] == BATCHES[0])]
-        assert _faint(ax)[0][1].tolist() == at["loss"].dropna().tolist()
-        line = _joined(ax)[0]
+        assert faint(ax)[0][1].tolist() == at["loss"].dropna().tolist()
+        line = joined(ax)[0]
         means = at.groupby("peak_lr").filter(lambda g: g["loss"].notna().all()).groupby("peak_lr")[["log2_norm", "loss"]].mean()
         assert line.get_xdata().tolist() == means["log2_norm"].tolist() and line.get_ydata().tolist() == means["loss"].tolist()
-    assert [len(_joined(ax)[0].get_xdata()) for ax in fig.axes] == [7, 7, 7, 7, 6]
-    assert len({line.get_color() for line in _joined(fig.axes[0])}) == len({line.get_marker() for line in _joined(fig.axes[0])}) == 3
-    assert _legend(fig) == ["batch of $2^{9}$ tokens", "batch of $2^{10}$ tokens", "batch of $2^{11}$ tokens", "optimum of the surface"]
+    assert [len(joined(ax)[0].get_xdata()) for ax in fig.axes] == [7, 7, 7, 7, 6]
+    assert len({line.get_color() for line in joined(fig.axes[0])}) == len({line.get_marker() for line in joined(fig.axes[0])}) == 3
+    assert legend(fig) == ["batch of $2^{9}$ tokens", "batch of $2^{10}$ tokens", "batch of $2^{11}$ tokens", "optimum of the surface"]
 
 
 def test_norms_that_turn_back_are_joined_by_rate_not_by_norm():
     runs = _runs(HORIZONS[:1], seeds=(0,))
     runs = runs.assign(log2_norm=6 - (np.log2(runs["peak_lr"]) + 5) ** 2)
-    line = _joined(plots.loss_by_norm(runs.sample(frac=1, random_state=1)).axes[0])[0]
+    line = joined(plots.loss_by_norm(runs.sample(frac=1, random_state=1)).axes[0])[0]
     assert line.get_xdata().tolist() == [-3, 2, 5, 6, 5, 2, -3]
 
 
@@ -194,10 +146,10 @@ def test_the_optimum_of_the_surface_stands_at_its_norm_and_loss_with_a_level_int
         (star,) = _stars(ax)
         assert (star.get_xdata()[0], star.get_ydata()[0]) == pytest.approx((6 + 0.05 * i, 4 - 0.3 * i))
         assert (star.get_markerfacecolor() == "white") == (i in (0, 4))
-        (interval,) = [_xy(line) for line in ax.get_lines() if line.get_marker() == "None" and len(line.get_xdata()) == 2]
+        (interval,) = [xy(line) for line in ax.get_lines() if line.get_marker() == "None" and len(line.get_xdata()) == 2]
         assert interval[0] == pytest.approx([5.7 + 0.05 * i, 6.4 + 0.05 * i]) and interval[1] == pytest.approx([4 - 0.3 * i] * 2)
     assert [[way for _, way in _arrows(ax)] for ax in fig.axes] == [[(-1, 0)], [], [], [], [(1, 0)]]
-    assert "open" in _notes(fig) and "diverged" in _notes(fig)
+    assert "open" in notes(fig) and "diverged" in notes(fig)
 
 
 def test_diverged_runs_are_crosses_where_their_norm_is_known_and_wide_losses_do_not_press_the_basin():
@@ -206,13 +158,13 @@ def test_diverged_runs_are_crosses_where_their_norm_is_known_and_wide_losses_do_
     runs.loc[lost, "loss"] = np.nan
     runs.loc[runs["peak_lr"] == RATES[-2], "loss"] += 30
     fig = plots.loss_by_norm(runs, _optima(horizons=HORIZONS[:2]).assign(log2_norm_low=-50.0, log2_norm_high=60.0))
-    assert sum(len(x) for ax in fig.axes for x, _ in _crosses(ax)) == lost.sum()
+    assert sum(len(x) for ax in fig.axes for x, _ in crosses(ax)) == lost.sum()
     for ax, horizon in zip(fig.axes, HORIZONS, strict=False):
-        assert ax.get_ylim()[1] == pytest.approx(_one(runs, horizon_tokens=horizon)["loss"].min() + 2)
+        assert ax.get_ylim()[1] == pytest.approx(only(runs, horizon_tokens=horizon)["loss"].min() + 2)
         low, high = ax.get_xlim()
         assert 2 < low < high < 8
     none = plots.loss_by_norm(runs.assign(loss=np.nan), _optima(edges=("saddle",) * 5).assign(log2_norm=np.nan))
-    assert "not drawn: 5 without an optimum" in _notes(none) and "open" not in _notes(none)
+    assert "not drawn: 5 without an optimum" in notes(none) and "open" not in notes(none)
     assert_text_is_whole_and_apart(none)
 
 
@@ -238,23 +190,23 @@ def test_two_optimizers_in_one_figure_of_losses_are_refused():
 def test_every_optimizer_has_a_panel_of_its_norms_with_intervals_and_open_edges(figures):
     fig = figures["norm"]
     for ax, level, edge, way in zip(fig.axes, (6.0, 5.2), (4, 0), (1, -1), strict=True):
-        points = _points(ax)
+        points = marked_points(ax)
         norms = [level + 0.05 * i for i in range(5)]
         assert [line.get_xdata()[0] for line in points] == HORIZONS and [line.get_ydata()[0] for line in points] == pytest.approx(norms)
         assert [line.get_markerfacecolor() == "white" for line in points] == [i == edge for i in range(5)]
-        (uprights,) = _segments(ax)
+        (uprights,) = segments(ax)
         np.testing.assert_allclose(uprights[:, :, 1], [[norm - 0.3, norm + 0.4] for norm in norms])
         ((at, told),) = _arrows(ax)
         assert at[0] == HORIZONS[edge] and told == (0, way)
         assert ax.get_xscale() == "log"
-    assert _legend(fig)[:2] == ["Scion: best rate and batch", "AdamW: best rate and batch"]
+    assert legend(fig)[:2] == ["Scion: best rate and batch", "AdamW: best rate and batch"]
 
 
 def test_norms_at_fixed_batches_are_thin_and_grey_and_named(figures):
     lines = [line for line in figures["norm"].axes[0].get_lines() if line.get_linewidth() == 1 and len(line.get_xdata())]
     assert [line.get_ydata().tolist() for line in lines] == [_fixed().query(f"batch_tokens == {b}")["log2_norm"].tolist() for b in BATCHES]
     assert all(np.ptp(line.get_color()[:3]) < 0.01 for line in lines) and len({line.get_marker() for line in lines}) == 3
-    assert _legend(figures["norm"])[2:] == [f"best rate at $2^{{{k}}}$ tokens a batch" for k in (9, 10, 11)]
+    assert legend(figures["norm"])[2:] == [f"best rate at $2^{{{k}}}$ tokens a batch" for k in (9, 10, 11)]
 
 
 def test_the_basin_is_a_band_about_the_norms_and_is_seen_at_one_horizon(figures, scarce):
@@ -263,8 +215,8 @@ def test_the_basin_is_a_band_about_the_norms_and_is_seen_at_one_horizon(figures,
     first = corners[corners[:, 0] == 2**18][:, 1]
     assert (first.min(), first.max()) == pytest.approx((5.5, 6.5))
     (lone,) = [c for c in scarce["norm"].axes[0].collections if not isinstance(c, LineCollection)]
-    assert lone.get_linewidth()[0] >= 5 and "basin" in _notes(scarce["norm"])
-    assert "basin" not in _notes(plots.optimal_norm(_optima()))
+    assert lone.get_linewidth()[0] >= 5 and "basin" in notes(scarce["norm"])
+    assert "basin" not in notes(plots.optimal_norm(_optima()))
 
 
 def test_an_unbounded_interval_leaves_the_norms_in_full_view():
@@ -276,8 +228,8 @@ def test_horizons_without_an_optimum_are_told_and_a_figure_of_none_is_refused():
     optima = _optima(edges=("saddle", "", "", "", ""))
     optima.loc[0, "log2_norm"] = np.nan
     fig = plots.optimal_norm(optima)
-    assert "not drawn: 1 without an optimum" in _notes(fig)
-    assert [line.get_xdata()[0] for line in _points(fig.axes[0])] == HORIZONS[1:]
+    assert "not drawn: 1 without an optimum" in notes(fig)
+    assert [line.get_xdata()[0] for line in marked_points(fig.axes[0])] == HORIZONS[1:]
     with pytest.raises(ValueError, match="no horizons with an optimum"):
         plots.optimal_norm(optima.assign(log2_norm=np.nan))
     with pytest.raises(ValueError, match="no models with an optimum"):
@@ -296,8 +248,8 @@ def test_cells_carry_the_mean_loss_above_the_best_and_crosses_where_a_seed_diver
         drawn = pd.Series(np.asarray(squares.get_array()), index=pd.MultiIndex.from_arrays(squares.get_offsets().T))
         kept = (means - means.min()).dropna()
         assert dict(drawn) == pytest.approx(dict(kept)) and drawn.min() == 0
-    assert [sum(len(x) for x, _ in _crosses(ax)) for ax in fig.axes[:5]] == [0, 0, 0, 0, 3]
-    assert _crosses(fig.axes[4])[0][0].tolist() == BATCHES and "diverged" in _notes(fig)
+    assert [sum(len(x) for x, _ in crosses(ax)) for ax in fig.axes[:5]] == [0, 0, 0, 0, 3]
+    assert crosses(fig.axes[4])[0][0].tolist() == BATCHES and "diverged" in notes(fig)
     ticks = [text.get_text() for text in fig.axes[0].get_yticklabels()]
     assert ticks[:2] == ["$2^{-8}$", "$2^{-7}$"] and fig.axes[0].get_xscale() == fig.axes[0].get_yscale() == "log"
 
@@ -310,7 +262,7 @@ def test_contours_of_the_fit_pass_where_the_loss_is_a_step_above_the_best(figure
         b, r = np.log2(path.vertices[:, 0]) - 10, np.log2(path.vertices[:, 1]) + 3.5
         assert (a11 * r**2 + 2 * a12 * r * b + a22 * b**2) / 2 == pytest.approx(np.full(len(r), level), rel=0.06)
     none = plots.surfaces(_runs(HORIZONS[:2]), _optima(), _fits().assign(a22=np.nan))
-    assert not [c for c in none.axes[1].collections if type(c).__name__ == "QuadContourSet"] and len(_legend(none)) == 1
+    assert not [c for c in none.axes[1].collections if type(c).__name__ == "QuadContourSet"] and len(legend(none)) == 1
 
 
 def test_the_star_of_a_surface_is_at_its_rate_and_batch_and_points_beyond_an_edge(figures):
@@ -319,7 +271,7 @@ def test_the_star_of_a_surface_is_at_its_rate_and_batch_and_points_beyond_an_edg
     assert [[way for _, way in _arrows(ax)] for ax in axes] == [[], [], [], [], [(1, -1)]]
     bounds = _optima().assign(best_lr_low=2.0**-6, best_lr_high=2.0**-2, best_batch_tokens_low=2.0**9, best_batch_tokens_high=2.0**11)
     ax = plots.surfaces(_runs(HORIZONS[:1]), bounds).axes[0]
-    lines = [_xy(line) for line in ax.get_lines() if line.get_marker() == "None" and len(line.get_xdata())]
+    lines = [xy(line) for line in ax.get_lines() if line.get_marker() == "None" and len(line.get_xdata())]
     assert [(x.tolist(), y.tolist()) for x, y in lines] == [([2**10] * 2, [2**-6, 2**-2]), ([2**9, 2**11], [2**-3] * 2)]
 
 
@@ -336,20 +288,20 @@ def test_a_horizon_at_which_all_diverged_is_crosses_alone():
     runs = _runs(HORIZONS[:2])
     runs.loc[runs["horizon_tokens"] == 2**20, "loss"] = np.nan
     fig = plots.surfaces(runs, _optima(horizons=HORIZONS[:1]), _fits())
-    assert len(_crosses(fig.axes[1])[0][0]) == len(BATCHES) * len(RATES) and not _stars(fig.axes[1])
+    assert len(crosses(fig.axes[1])[0][0]) == len(BATCHES) * len(RATES) and not _stars(fig.axes[1])
     assert_text_is_whole_and_apart(fig)
-    assert_text_is_whole_and_apart(plots.surfaces(_one(runs, horizon_tokens=2**20)))
+    assert_text_is_whole_and_apart(plots.surfaces(only(runs, horizon_tokens=2**20)))
 
 
 def test_growth_is_drawn_below_its_bound_and_less_the_printed_points(figures):
     top, bottom = figures["growth"].axes
     curves = [line for line in top.get_lines() if line.get_linewidth() == 1.3]
     assert len(curves) == 18 and len({line.get_color() for line in curves}) == len({line.get_linestyle() for line in curves}) == 3
-    (bound,) = [_xy(line) for line in top.get_lines() if line.get_label().startswith("bound")]
+    (bound,) = [xy(line) for line in top.get_lines() if line.get_label().startswith("bound")]
     assert bound[1] == pytest.approx(np.log2(1 + 2 ** bound[0])) and (bound[0].min(), bound[0].max()) == (-8, 7)
-    (printed,) = [_xy(line) for line in top.get_lines() if line.get_label() == "published"]
+    (printed,) = [xy(line) for line in top.get_lines() if line.get_label() == "published"]
     assert printed[0].tolist() == [0, 2, 4, 9] and printed[1].tolist() == [0.9, 2.2, 3.9, 8.0]
-    points = [_xy(line) for line in bottom.get_lines() if line.get_marker() not in ("None", "")]
+    points = [xy(line) for line in bottom.get_lines() if line.get_marker() not in ("None", "")]
     assert [len(x) for x, _ in points] == [2] * 6 + [3] * 12  # within each curve's span alone
     assert points[0][1] == pytest.approx(np.log2([2, 5]) - 0.1 - [0.9, 2.2])
     assert np.abs(points[0][0] - [0, 2]).max() < 0.2
@@ -358,10 +310,10 @@ def test_growth_is_drawn_below_its_bound_and_less_the_printed_points(figures):
 
 
 def test_growth_without_printed_points_is_one_panel_and_starts_at_the_first_step(scarce):
-    assert len(scarce["growth"].axes) == 1 and "published" not in _legend(scarce["growth"])
+    assert len(scarce["growth"].axes) == 1 and "published" not in legend(scarce["growth"])
     start = _curves((0,)).assign(log2_lr_steps=lambda f: f["log2_lr_steps"].mask(f["log2_lr_steps"] == f["log2_lr_steps"].min(), -np.inf))
     ax = plots.norm_growth(start).axes[0]
-    (bound,) = [_xy(line)[0] for line in ax.get_lines() if line.get_label().startswith("bound")]
+    (bound,) = [xy(line)[0] for line in ax.get_lines() if line.get_label().startswith("bound")]
     assert (bound.min(), bound.max()) == (-7.5, 7) and -9 < ax.get_xlim()[0]
     with pytest.raises(ValueError, match="no points with a norm"):
         plots.norm_growth(_curves().assign(log2_norm=np.nan))
@@ -370,11 +322,11 @@ def test_growth_without_printed_points_is_one_panel_and_starts_at_the_first_step
 def test_norms_over_width_and_depth_stand_at_their_models(figures, scarce):
     width, depth = figures["models"].axes
     for ax, values in ((width, (32, 64, 128)), (depth, (2, 4, 8, 16))):
-        points = _points(ax)
+        points = marked_points(ax)
         xs, ys = np.array([(line.get_xdata()[0], line.get_ydata()[0]) for line in points]).T
         assert np.log2(xs) == pytest.approx(np.log2([*values, *values]), abs=0.1)
         assert ys == pytest.approx([6 + 0.1 * i for i in range(len(values))] + [5 + 0.1 * i for i in range(len(values))])
-        np.testing.assert_allclose(np.concatenate(_segments(ax))[:, :, 1], np.column_stack([ys - 0.3, ys + 0.4]))
+        np.testing.assert_allclose(np.concatenate(segments(ax))[:, :, 1], np.column_stack([ys - 0.3, ys + 0.4]))
     assert [way for _, way in _arrows(width)] == [(0, -1)] and not _arrows(depth)
     assert {"32", "64", "128", "16"} <= {text for text, _ in text_boxes(figures["models"])}
     assert len(scarce["models"].axes) == 1

@@ -155,7 +155,7 @@ def test_the_spread_over_windows_counts_what_noise_does_not_explain():
     assert window_spread([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]]) == pytest.approx(math.sqrt(2 / 3))
     assert window_spread([[1.0, -1.0], [-0.9, 1.0]]) == 0
     bent = fit_surfaces(sweep(skews=(0.5, 0.5), rates=np.arange(-9.2, 0.0)))
-    assert bent.norm_slope_high - bent.norm_slope > 1.9 * bent.norm_slope_window_sd > 1e-4
+    assert bent.norm_slope_high - bent.norm_slope > 1.9 * bent.window_sd["norm_slope"] > 1e-4
 
 
 # -- diverged runs and edges -------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from etastar.engine import layout
 from etastar.engine.execute import default_layout
 from etastar.engine.layout import slot_bytes, stack_slots, verified
 from etastar.engine.slots import stack_key
-from etastar.model.parametrization import flops_per_token
+from etastar.model.shapes import flops_per_token
 from etastar.recipe import Execution, Model
 from tiny import recipe
 

@@ -18,7 +18,7 @@ from etastar.engine.store import NORM_COLUMNS, Store, parquet, read_parquet
 from etastar.model.decoder import init_parameters, stack, unstack
 from etastar.model.norms import operator_norms
 from etastar.text.corpora import prepare
-from tiny import BATCH, CORPUS, recipe, wsd
+from tiny import BATCH, CORPUS, recipe, trained_alone, wsd
 
 FAST = dict(progress=False, backend="inline")
 OBSERVE = es.Observe(norms_every_tokens=5 * BATCH)
@@ -38,15 +38,7 @@ def logged(run) -> pd.DataFrame:
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    """Each recipe observed alone, from its first step, in a store of its own."""
-    root, done = tmp_path_factory.mktemp("straight"), {}
-
-    def alone(r):
-        if r.run_id not in done:
-            (done[r.run_id],) = es.run([r], store=root / r.run_id, observe=OBSERVE, **FAST)
-        return done[r.run_id]
-
-    return alone
+    return trained_alone(tmp_path_factory.mktemp("straight"), observe=OBSERVE, **FAST)
 
 
 def assert_same_curve(run, other):

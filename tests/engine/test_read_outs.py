@@ -13,7 +13,7 @@ from etastar.engine.slots import SlotStack
 from etastar.engine.store import Damaged, Store
 from etastar.optim.averaging import ema_decay
 from etastar.text.corpora import prepare
-from tiny import BATCH, CORPUS, recipe, wsd
+from tiny import BATCH, CORPUS, recipe, trained_alone, wsd
 
 FAST = dict(progress=False, backend="inline")
 OBSERVE = es.Observe(ema_horizon_tokens=(3 * BATCH, 20 * BATCH), average_every_tokens=5 * BATCH)
@@ -50,15 +50,7 @@ def assert_near(decoder, expected):
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    """Each recipe observed alone, from its first step, in a store of its own."""
-    root, done = tmp_path_factory.mktemp("straight"), {}
-
-    def alone(r):
-        if r.run_id not in done:
-            (done[r.run_id],) = es.run([r], store=root / r.run_id, observe=OBSERVE, **FAST)
-        return done[r.run_id]
-
-    return alone
+    return trained_alone(tmp_path_factory.mktemp("straight"), observe=OBSERVE, **FAST)
 
 
 def assert_same_read_outs(run, other):

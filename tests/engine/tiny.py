@@ -1,5 +1,6 @@
 """The smallest recipes that still have two layers, several heads and something to learn."""
 
+from etastar.engine.execute import run
 from etastar.recipe import AdamW, Corpus, Model, Recipe
 from etastar.schedules import WSD, Constant
 
@@ -16,3 +17,15 @@ def recipe(steps=24, peak_lr=2**-6, schedule=None, **changes) -> Recipe:
 
 def wsd(cooldown_steps=6, shape="linear") -> WSD:
     return WSD(warmup_steps=4, cooldown_steps=cooldown_steps, shape=shape)
+
+
+def trained_alone(root, **options):
+    """A function that gives the run of a recipe trained alone, from its first step, in a store of its own; once for each."""
+    done = {}
+
+    def alone(r: Recipe):
+        if r.run_id not in done:
+            (done[r.run_id],) = run([r], store=root / r.run_id, **options)
+        return done[r.run_id]
+
+    return alone

@@ -18,7 +18,7 @@ def grown(tmp_path_factory):
     plan = study.design("smoke")
     recipes = [recipe for cell in plan.cells if cell.role == "growth" for recipe in plan.recipes(cell)]
     runs = es.run(recipes, store=tmp_path_factory.mktemp("growth"), observe=es.Observe(norms_every_tokens=16 * 64))
-    return runs, measures.growth(runs, study._growth_cells(runs))
+    return runs, measures.growth(runs)
 
 
 def test_three_rates_and_three_batches_grow_by_one_law(grown):

@@ -85,10 +85,10 @@ def _turned(cells: list[np.ndarray]) -> list[tuple]:
     return made
 
 
-def truth_control(short, long, margin: float, judge_pair=compare) -> Control:
-    """Known truth on real runs: losses of the same arm at a horizon and at half of it (paired over seeds).
+def truth_control(short, long, margin: float, judge_pair=compare, fewer: str = "half the tokens") -> Control:
+    """Known truth on real runs: losses of the same arm at a horizon and at half of it, or what `fewer` says (paired over seeds).
 
-    Half the tokens must be found higher, and must not pass as equivalent within `margin` nats, a quarter of the measured
+    The shorter must be found higher, and must not pass as equivalent within `margin` nats, a quarter of the measured
     difference or less.
     """
     short, long = np.asarray(short, dtype=float), np.asarray(long, dtype=float)
@@ -97,7 +97,7 @@ def truth_control(short, long, margin: float, judge_pair=compare) -> Control:
     gap = float(np.nanmean(short - long))
     plain, with_margin = judge_pair(short, long), judge_pair(short, long, margin=min(margin, gap / 4) if gap > 0 else margin)
     passed = plain.verdict == "higher" and with_margin.verdict != "equivalent"
-    return Control(TRUTH, passed, f"half the tokens cost {gap:+.4f} nats and are judged {plain.verdict}")
+    return Control(TRUTH, passed, f"{fewer} cost {gap:+.4f} nats and are judged {plain.verdict}")
 
 
 def planted_control(claim: Claim, sd: float, n: int, seed: int, draws: int = 400, judge_one=judge, judge_pair=compare) -> Control:

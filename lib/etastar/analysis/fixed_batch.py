@@ -11,7 +11,16 @@ import numpy as np
 import pandas as pd
 
 from etastar.analysis.bowl import LEAST_CUBIC_POINTS, EdgeOptimum
-from etastar.analysis.lr_batch_grid import LEAST, LrBatchGrid, bounds, fitted, half_widths, lr_batch_grid, refuse_excess
+from etastar.analysis.lr_batch_grid import (
+    LEAST,
+    LrBatchGrid,
+    bounds,
+    fitted,
+    interval_columns,
+    lr_batch_grid,
+    refuse_excess,
+    three_about,
+)
 from etastar.analysis.lr_batch_surface import WINDOWS, WORST_EXCESS
 
 
@@ -41,6 +50,7 @@ class FixedBatch:
     seeds: tuple
     n: int
     level: float
+    window_sd: dict = dataclasses.field(compare=False, repr=False)
     batches: pd.DataFrame = dataclasses.field(compare=False, repr=False)
     cells: pd.DataFrame = dataclasses.field(compare=False, repr=False)
 
@@ -96,9 +106,8 @@ def _bowl(grid: LrBatchGrid, norm: str, h: int, batch: float, worst_excess: floa
     if len(row) < LEAST:
         return _Bowl(h, batch, none, none, none, np.nan, "few rates", len(row))
     best = int(grid.mean_loss[row].argmin())
-    first = max(0, min(best - 1, len(row) - LEAST))
     near = grid.mean_loss[row] <= grid.mean_loss[row[best]] + worst_excess
-    near[first:first + LEAST] = True
+    near[three_about(best, len(row))] = True
     row = row[near]
     degree = 3 if len(row) >= LEAST_CUBIC_POINTS else 2
     vertex, bend, inside = _vertex(grid.log2_lr[row], grid.mean_loss[row], degree)
@@ -166,7 +175,5 @@ def _batch_row(batch: float, inside, found: dict, others: list[dict], level: flo
 def _row(grid: LrBatchGrid, b: _Bowl, level: float) -> dict:
     row = {"horizon_tokens": grid.horizons[b.h], "batch_tokens": 2.0**b.log2_batch}
     for name, values, base in (("best_lr", b.log2_lr, 2), ("best_loss", b.loss, None), ("log2_norm", b.norm, None)):
-        half = half_widths(values, level)
-        three = np.array([values.mean(), values.mean() - half, values.mean() + half])
-        row |= dict(zip((name, f"{name}_low", f"{name}_high"), (base**three if base else three).tolist(), strict=True))
+        row |= interval_columns(name, values, level, base)
     return row | {"lr_curvature": b.bend, "edge": b.edge, "n": b.n}

@@ -14,12 +14,11 @@ import numpy as np
 import pandas as pd
 from scipy import optimize
 
-from etastar.analysis.lr_batch_grid import LrBatchGrid, fitted, lr_batch_grid, refuse_excess, slopes, window_spread
-from etastar.analysis.lr_batch_surface import Surfaces, optimum_columns, refuse_edges
+from etastar.analysis.lr_batch_grid import LrBatchGrid, fitted, lr_batch_grid, refuse_excess, slopes
+from etastar.analysis.lr_batch_surface import WINDOWS, Surfaces, optimum_columns, refuse_edges
 from etastar.analysis.valley import linex
 
 WORST_EXCESS = 0.3  # nats above the best of a horizon: beyond it a cell only says "worse"
-WINDOWS = (2 / 3, 1.5)  # other windows, as shares of the one asked for
 LARGEST_SKEW = 1.0  # per octave: one octave up the slope is then 2.7 times that one octave down
 SKEWS = {"none": 0, "lr": 1, "both": 2}
 BEND = 5  # where ln k stands among the parameters: three of the valley and two of the best batch go before it
@@ -213,9 +212,8 @@ def _surface(problem: _Problem, p, norm: str, others: list[dict], level: float) 
     total = (problem.within(np.where(near, grid.mean_loss, 0.0))[near] ** 2).sum()
     squares = (residual[near] ** 2).sum()
     skews = [*p[BEND + 2:].tolist(), 0.0, 0.0]
-    windows = [v["norm_slope"] for v in (found, *others)]
-    return JointSurface(**fitted(found, others, level), norm_slope_window_sd=window_spread(windows), seeds=grid.seeds,
-                        n=len(grid.horizons), level=level, cells=cells, lr_curvature=math.exp(p[BEND]),
+    return JointSurface(**fitted(found, others, level), seeds=grid.seeds, n=len(grid.horizons), level=level, cells=cells,
+                        lr_curvature=math.exp(p[BEND]),
                         batch_curvature=math.exp(p[BEND + 1]), lr_skew=skews[0], batch_skew=skews[1],
                         scatter=math.sqrt(squares / df) if df > 0 else math.nan, r2=float(1 - squares / total),
                         censored=int((~near).sum()) * len(grid.seeds))

@@ -54,9 +54,9 @@ class LrBatchGrid:
         best = here[self.mean_loss[here].argmin()]
         kept = set(here[self.mean_loss[here] <= self.mean_loss[best] + worst_excess].tolist())
         batches = np.unique(self.log2_batch[here])
-        for batch in batches[_three_about(int(np.searchsorted(batches, self.log2_batch[best])), len(batches))]:
+        for batch in batches[three_about(int(np.searchsorted(batches, self.log2_batch[best])), len(batches))]:
             row = here[self.log2_batch[here] == batch]  # rates rise within a batch
-            kept |= set(row[_three_about(int(self.mean_loss[row].argmin()), len(row))].tolist())
+            kept |= set(row[three_about(int(self.mean_loss[row].argmin()), len(row))].tolist())
         return np.array(sorted(kept))
 
     def edge(self, h: int, cells: np.ndarray, log2_lr: float, log2_batch: float) -> str:
@@ -69,7 +69,8 @@ class LrBatchGrid:
         return ", ".join(name for name, outside in sides if outside)
 
 
-def _three_about(i: int, n: int) -> slice:
+def three_about(i: int, n: int) -> slice:
+    """Place i of n and its neighbours, the three nearest at an end."""
     first = max(0, min(i - 1, n - LEAST))
     return slice(first, first + LEAST)
 
@@ -158,6 +159,14 @@ def half_widths(per_seed: np.ndarray, level: float) -> np.ndarray:
     return stats.t.ppf(0.5 + level / 2, n - 1) * np.std(per_seed, axis=0, ddof=1) / math.sqrt(n)
 
 
+def interval_columns(name: str, per_seed: np.ndarray, level: float, base: float | None = None) -> dict:
+    """The mean of (S,) with its interval over seeds under `name`, `name`_low and `name`_high; as powers of `base` where one is given."""
+    mean, half = per_seed.mean(), half_widths(per_seed, level)
+    three = np.array([mean, mean - half, mean + half])
+    with np.errstate(over="ignore"):
+        return dict(zip((name, f"{name}_low", f"{name}_high"), (base**three if base else three).tolist(), strict=True))
+
+
 def window_spread(per_window) -> float:
     """Sd over windows of an estimate (windows, S), less what the seeds' own noise makes of it."""
     away = np.asarray(per_window) - np.mean(per_window, axis=0)
@@ -173,8 +182,9 @@ def bounds(name: str, per_seed: np.ndarray, level: float, others=()) -> dict:
 
 
 def fitted(found: dict, others: list[dict], level: float) -> dict:
-    """Fields of a fit from its estimates by name (S,) and those of other windows: the mean, _low, _high and _per_seed of each."""
-    fields = {}
+    """Fields of a fit from its estimates by name (S,) and those of other windows: the mean, _low, _high and _per_seed of each, and
+    `window_sd`, by name the deviation over windows that is in the interval."""
+    fields = {"window_sd": {name: window_spread([per_seed, *(o[name] for o in others)]) for name, per_seed in found.items()}}
     for name, per_seed in found.items():
         fields |= bounds(name, per_seed, level, [o[name] for o in others]) | {f"{name}_per_seed": tuple(per_seed.tolist())}
     return fields

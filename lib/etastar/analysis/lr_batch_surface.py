@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from etastar.analysis.bowl import EdgeOptimum
-from etastar.analysis.lr_batch_grid import LrBatchGrid, fitted, half_widths, lr_batch_grid, refuse_excess, said, slopes, window_spread
+from etastar.analysis.lr_batch_grid import LrBatchGrid, fitted, interval_columns, lr_batch_grid, refuse_excess, said, slopes
 
 WORST_EXCESS = 0.15  # nats above the best of a horizon: about an octave and a half to each side of usual bowls
 WINDOWS = (2 / 3, 1.5)  # other windows, as shares of the one asked for
@@ -41,10 +41,10 @@ class Surfaces:
     lr_exponent_per_seed: tuple
     batch_exponent_per_seed: tuple
     norm_slope_per_seed: tuple
-    norm_slope_window_sd: float
     seeds: tuple
     n: int
     level: float
+    window_sd: dict = dataclasses.field(compare=False, repr=False)
     cells: pd.DataFrame = dataclasses.field(compare=False, repr=False)
 
 
@@ -64,9 +64,8 @@ def fit_surfaces(frame: pd.DataFrame, norm: str = "log2_norm", *, worst_excess: 
     found = _lines(grid, optima, inside, norm)
     others = [_lines(grid, other, kept, norm) for factor in WINDOWS if len(
         kept := bracketed(other := horizon_optima(grid, worst_excess * factor))) > 1]
-    windows = [v["norm_slope"] for v in (found, *others)]
-    return Surfaces(**fitted(found, others, level), norm_slope_window_sd=window_spread(windows), seeds=grid.seeds, n=len(inside),
-                    level=level, cells=pd.DataFrame([optimum_row(grid, o, norm, level) for o in optima]))
+    return Surfaces(**fitted(found, others, level), seeds=grid.seeds, n=len(inside), level=level,
+                    cells=pd.DataFrame([optimum_row(grid, o, norm, level) for o in optima]))
 
 
 # -- one horizon -------------------------------------------------------------------------------------------------------
@@ -175,9 +174,7 @@ def optimum_row(grid: LrBatchGrid, o: HorizonOptimum, norm: str, level: float) -
 
 def optimum_columns(own: np.ndarray, level: float) -> dict:
     """Columns of `cells` from the seeds' own (log2 rate, log2 batch, loss, log2 norm): (S, 4)."""
-    mean, half, columns = own.mean(0), half_widths(own, level), {}
+    columns = {}
     for i, (name, base) in enumerate((("best_lr", 2), ("best_batch_tokens", 2), ("best_loss", None), ("log2_norm", None))):
-        three = np.array([mean[i], mean[i] - half[i], mean[i] + half[i]])
-        with np.errstate(over="ignore"):
-            columns |= dict(zip((name, f"{name}_low", f"{name}_high"), (base**three if base else three).tolist(), strict=True))
+        columns |= interval_columns(name, own[:, i], level, base)
     return columns

@@ -12,6 +12,7 @@ import pandas as pd
 from etastar.analysis.joint_surface import fit_joint_surface
 from etastar.analysis.lr_batch_grid import AXES
 from etastar.analysis.paired import Estimate
+from etastar.analysis.valley import linex
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +62,8 @@ class SurfaceTruth:
             AXES, (self.horizon_tokens, self.best_batch_tokens, self.best_lr), strict=True))
         w = batch - self.batch_exponent * octaves
         u = lr - self.lr_exponent * octaves
-        valley = self.lr_curvature * _skewed(u - self.lr_batch_exponent * w, self.lr_skew)
-        return (self.best_loss + self.loss_slope * octaves + valley + self.batch_curvature * _skewed(w, self.batch_skew),
+        valley = self.lr_curvature * linex(u - self.lr_batch_exponent * w, self.lr_skew)[0]
+        return (self.best_loss + self.loss_slope * octaves + valley + self.batch_curvature * linex(w, self.batch_skew)[0],
                 self.log2_norm + self.norm_slope * octaves + self.norm_by_lr * u + self.norm_by_batch * w)
 
     def draw(self, design: pd.DataFrame, seeds: int, rng) -> pd.DataFrame:
@@ -76,10 +77,6 @@ class SurfaceTruth:
             rows.append(design[list(AXES)].assign(seed=seed, loss=loss + rng.normal(0, self.seed_sd) + self.run_sd * own[0],
                                                   log2_norm=norm + self.norm_sd * own[1]))
         return pd.concat(rows, ignore_index=True)
-
-
-def _skewed(u, s):
-    return u**2 / 2 if s == 0 else (np.expm1(s * u) - s * u) / s**2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,11 +17,10 @@ import torch.distributed as dist
 from torch import nn
 
 from etastar.model.decoder import Decoder
-from etastar.model.parametrization import fused_rows, role_of
+from etastar.model.shapes import fused_rows, role_of
 from etastar.optim import lmo
 
-LOCAL_RULES = {"embedding": lmo.embedding_rows, "embedding_sign": torch.sign, "output": lmo.head_rows, "output_sign": lmo.signs,
-               "norm": lambda g: lmo.vector(g.reshape(-1)).view(g.shape)}
+LOCAL_RULES = lmo.ROW_RULES | {"norm": lambda g: lmo.vector(g.reshape(-1)).view(g.shape)}  # a scalar is a vector of one
 ROLES = ("hidden", *LOCAL_RULES)
 OPTIONS = ("lr", "momentum", "weight_decay", "radius", "newton_schulz_steps", "dtype")
 HEADS = ("head", "lm_head", "output")

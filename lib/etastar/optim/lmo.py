@@ -33,6 +33,9 @@ def vector(g_xD: torch.Tensor) -> torch.Tensor:
     return _unit(g_xD) * math.sqrt(g_xD.shape[-1])
 
 
+ROW_RULES = {"embedding": embedding_rows, "embedding_sign": torch.sign, "output": head_rows, "output_sign": signs, "norm": vector}
+
+
 def spectral(g_OxI: torch.Tensor, steps: int = NEWTON_SCHULZ_STEPS, dtype: torch.dtype | None = None) -> torch.Tensor:
     """√(out/in) times the polar factor of G: unit RMS→RMS norm, as far as `newton_schulz` gets there."""
     return newton_schulz(g_OxI, steps, dtype).mul_(math.sqrt(g_OxI.shape[-2] / g_OxI.shape[-1]))

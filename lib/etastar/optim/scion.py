@@ -78,11 +78,8 @@ class StackedScion(StackedOptimizer):
         return direction_MxP
 
     def _of_rows(self, role: str, grad: torch.Tensor) -> torch.Tensor:
-        if role == "norm":
-            return lmo.vector(grad)
-        if getattr(self.rules, role) == "sign":
-            return lmo.signs(grad) if role == "output" else grad.sign()
-        return lmo.head_rows(grad) if role == "output" else lmo.embedding_rows(grad)
+        sign = role != "norm" and getattr(self.rules, role) == "sign"
+        return lmo.ROW_RULES[f"{role}_sign" if sign else role](grad)
 
     def _polar(self, g_MxNxAxB: torch.Tensor) -> torch.Tensor:
         """Polar factors; on a CPU slot by slot, so that a slot's bits do not depend on its neighbours."""

@@ -3,7 +3,7 @@
 import dataclasses
 
 from etastar.analysis.power import seeds_needed
-from etastar.model.parametrization import count_parameters
+from etastar.model.shapes import count_parameters
 from etastar.recipe import SP, AdamW, Corpus, Execution, Model, Recipe
 
 # Seeds below 1000 chose the grids (pilot). 1000–1003 were judged once under a design whose arms had grids of their own, which

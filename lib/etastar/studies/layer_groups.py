@@ -61,7 +61,7 @@ def conditions(frame: pd.DataFrame) -> list[Condition]:
         for (batch, tokens), at in arm.groupby(["batch_tokens", "horizon_tokens"]):
             here = frame[(frame.optimizer == optimizer) & (frame.normalization == normalization) & (frame.batch_tokens == batch)
                          & (frame.horizon_tokens == tokens) & (frame.width == at.width.iloc[0]) & (frame.depth == at.depth.iloc[0])
-                         & ~frame.arm.str.contains("momentum|decayed") & frame.seed.isin(at.seed)]
+                         & (frame.varied == "") & frame.seed.isin(at.seed)]
             made.append(Condition(optimizer, normalization, AT_BEST if batch == smallest else LARGE, int(batch), int(tokens), here))
     return made
 

@@ -18,7 +18,7 @@ from etastar.analysis.claims import Finding, load_claims, untested
 from etastar.analysis.claims import judge as judge_claim
 from etastar.analysis.controls import PLANTED, TRUTH, Control, aa_control, not_run, planted_control, truth_control
 from etastar.analysis.paired import Estimate, PooledVariance, mean_estimate, pool_variance, token_equivalent, token_slope
-from etastar.model.parametrization import count_parameters
+from etastar.model.shapes import count_parameters
 from etastar.recipe import Recipe
 from etastar.studies.cooldown_published import published_findings
 from etastar.studies.designs import Design

@@ -19,7 +19,7 @@ from etastar.analysis.controls import PLANTED, TRUTH, Control, aa_control, not_r
 from etastar.analysis.lr_batch_grid import AXES
 from etastar.analysis.power import power_table
 from etastar.analysis.surface_truth import SurfaceTruth, norm_slope_uncertainty
-from etastar.model.parametrization import count_parameters
+from etastar.model.shapes import count_parameters
 from etastar.observe import Observe
 from etastar.recipe import Recipe
 from etastar.studies import layer_groups
@@ -64,7 +64,7 @@ def measure(runs) -> Measurements:
     arms = [grids.arm(SCION), grids.arm(ADAMW)]
     fits, refused = measures.surfaces(grids, arms)
     bowls, best, rivals = measures.fixed(grids, arms), measures.optima(grids), measures.rival_table(grids, arms)
-    grown, moved = measures.growth(runs, _growth_cells(runs)), layer_groups.conditions(grids.frame)
+    grown, moved = measures.growth(runs), layer_groups.conditions(grids.frame)
     short = measures.too_short(best, arms[0])
     contrasts = (measures.growth_contrast(grown) | measures.slope_contrasts(grids, fits, bowls, best)
                  | measures.shape_contrasts(grids, best) | measures.sufficiency(grids, best) | measures.sensitivity(grids, best)
@@ -80,11 +80,6 @@ def measure(runs) -> Measurements:
     no_halves, full = pd.DataFrame(columns=["half", "whole"]), {name: table for name, table in tables.items() if len(table)}
     return Measurements(grids.frame, longest.horizon_tokens, params, steps, {}, refused, {}, no_halves, contrasts,
                         common.pool_families(contrasts), full)
-
-
-def _growth_cells(runs) -> set:
-    """(batch, log2 rate) of the runs whose norms were logged."""
-    return {(r.recipe.batch_tokens, math.log2(r.recipe.peak_lr)) for r in runs if r.observed.norms_every_tokens}
 
 
 def _fixed_rows(bowls) -> pd.DataFrame:
@@ -135,8 +130,7 @@ def _truth(measured: Measurements) -> Control:
         return not_run(TRUTH, "no run was read at a quarter of its tokens")
     _, at = max(both.groupby(keys[:3]), key=lambda cell: len(cell[1]))
     gap = float((at.loss_short - at.loss).mean())
-    found = truth_control(at.loss_short, at.loss, abs(gap) / 4)
-    return Control(found.name, found.passed, found.detail.replace("half the tokens", "a quarter of the tokens"))
+    return truth_control(at.loss_short, at.loss, abs(gap) / 4, fewer="a quarter of the tokens")
 
 
 def _planted(measured: Measurements) -> Control:
@@ -189,7 +183,7 @@ def _main_arms(measured: Measurements) -> list[str]:
 
 def _shapes(measured: Measurements, best: pd.DataFrame) -> pd.DataFrame:
     """Optimal norms by width and depth at the horizon where other shapes were run: kind, value, optimizer, log2_norm …, edge."""
-    plain = best[~best.arm.str.contains("momentum|decayed|pre-norm")]
+    plain = measures.plain(best)
     main = plain[plain.arm.isin(_main_arms(measured))]
     made = []
     for kind, other in (("width", "depth"), ("depth", "width")):

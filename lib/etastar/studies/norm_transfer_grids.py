@@ -35,6 +35,7 @@ def told(run) -> dict:
     decay = 1 - DECAY_SHARE if isinstance(r.schedule, WSD) else 1.0
     row = {"run_id": run.run_id, "optimizer": ADAMW if isinstance(r.optimizer, AdamW) else SCION, "batch_tokens": r.batch_tokens,
            "steps": r.total_steps, "width": r.model.width, "depth": r.model.depth, "normalization": r.model.normalization,
+           "varied": "decayed" if decay < 1 else "momentum" if getattr(r.optimizer, "momentum", 1) != 1 else "",
            "main": r.lr_ratios == (1.0, 1.0, 1.0), "log2_lr": math.log2(r.peak_lr), "log2_lr_steps": math.log2(r.lr().sum()),
            "constant_tokens": 2 ** round(math.log2(r.horizon_tokens * decay))}
     row |= {f"ratio_{group}": math.log2(ratio) if ratio else -math.inf for group, ratio in zip(GROUPS, r.lr_ratios, strict=True)}

@@ -4,14 +4,12 @@ import math
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from etastar.analysis.fixed_batch import FixedBatch, fixed_batch
 from etastar.analysis.joint_surface import fit_joint_surface
 from etastar.analysis.lr_batch_surface import Surfaces, fit_surfaces
 from etastar.analysis.norm_parabola import PAPER_FIT, norm_optima
 from etastar.analysis.norm_rivals import horizon_optimum, rivals
-from etastar.analysis.paired import mean_estimate
 from etastar.studies.measured import LEAST_STEPS, Contrast, minus
 from etastar.studies.norm_transfer_grids import ADAMW, SCION, Grids
 
@@ -65,6 +63,7 @@ def optima(grids: Grids) -> pd.DataFrame:
             first = at.iloc[0]
             row |= dict.fromkeys(PLACES, math.nan) if _far(row, at) else {}
             rows.append({"arm": arm, "optimizer": first.optimizer, "width": first.width, "depth": first.depth,
+                         "varied": first.varied, "normalization": first.normalization,
                          "steps": first.horizon_tokens / row["best_batch_tokens"], **row})
     return pd.DataFrame(rows)
 
@@ -97,6 +96,11 @@ def by_paper(grids: Grids, arms, vocab: int) -> pd.DataFrame:
         rows.append(found.assign(best=found.loss == found.groupby("horizon_tokens").loss.transform("min")))
     columns = ["model", "horizon_tokens", "batch_tokens", "peak_lr", "log2_norm", "loss", "inside", "best"]
     return pd.concat(rows, ignore_index=True)[columns].rename(columns={"model": "arm"}) if rows else pd.DataFrame()
+
+
+def plain(best: pd.DataFrame) -> pd.DataFrame:
+    """The optima of arms that differ in optimizer and shape alone."""
+    return best[(best.varied == "") & (best.normalization == "everywhere")] if len(best) else best
 
 
 def rules(found, fixed_found) -> pd.DataFrame:
@@ -156,13 +160,13 @@ def first_reach(grids: Grids, arm: str, log2_norm: float) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
-def growth(runs, batches_and_rates) -> pd.DataFrame:
+def growth(runs) -> pd.DataFrame:
     """Log2 output norm where LR · steps passes powers of two: peak_lr, batch_tokens, seed, log2_lr_steps, log2_norm, offset.
 
-    Of Scion's runs of the growth cells, from their logged norms; `offset` is from the published curve.
+    Of the runs whose norms were logged; `offset` is from the published curve.
     """
     rows = []
-    for run in {r.run_id: r for r in runs if (r.recipe.batch_tokens, math.log2(r.recipe.peak_lr)) in batches_and_rates}.values():
+    for run in {r.run_id: r for r in runs if r.observed.norms_every_tokens}.values():
         curve = run.curve.dropna(subset="norm_output")
         for power, published in PUBLISHED_GROWTH.items():
             at = curve[curve.step == round(2.0**power / run.recipe.peak_lr)]
@@ -191,7 +195,7 @@ def slope_contrasts(grids: Grids, found, fixed_found, best: pd.DataFrame) -> dic
                 "rule, batch": (fit, "lr_batch_exponent"), "rule, tokens": (fit, "lr_horizon_exponent"),
                 "norm slope, fixed batch": (bowls, "norm_slope")}
         made |= {f"{optimizer}: {name}": Contrast(np.array(getattr(of, f"{field}_per_seed")), UNITS[field], "exponents", tokens, short,
-                                                  window_sd(of, field)) for name, (of, field) in read.items() if of is not None}
+                                                  of.window_sd[field]) for name, (of, field) in read.items() if of is not None}
         norm = float(best[(best.arm == arm) & (best.edge == "")].log2_norm.mean())
         reach = first_reach(grids, arm, norm) if math.isfinite(norm) else pd.DataFrame()
         if len(reach) >= 2:
@@ -210,12 +214,6 @@ UNITS = dict.fromkeys(("lr_exponent", "batch_exponent", "lr_batch_exponent", "lr
     "norm_slope": "octaves per octave"}
 
 
-def window_sd(fit, field: str) -> float:
-    """The deviation over fit windows that is in a fit's interval beside what its seeds say."""
-    half, own = getattr(fit, f"{field}_high") - getattr(fit, field), mean_estimate(getattr(fit, f"{field}_per_seed")).interval(fit.level)
-    return math.sqrt(max(0.0, half**2 - ((own[1] - own[0]) / 2) ** 2)) / stats.norm.ppf(0.5 + fit.level / 2)
-
-
 def too_short(best: pd.DataFrame, *arms: str) -> str:
     """Why optima cannot count: those of fewer than 256 steps; empty where all have them."""
     if best.empty:
@@ -228,9 +226,12 @@ def too_short(best: pd.DataFrame, *arms: str) -> str:
 def shape_contrasts(grids: Grids, best: pd.DataFrame) -> dict[str, Contrast]:
     """Log2 norm at the optimum of the widest less the narrowest, the deepest less the shallowest, at the horizon both have."""
     made, per_seed = {}, _norms_by_seed(best)
+    if best.empty:
+        return made
+    alike = plain(best)
     for optimizer in (SCION, ADAMW):
         for axis, other, at in (("width", "depth", grids.shape[1]), ("depth", "width", grids.shape[0])):
-            rows = best[(best.optimizer == optimizer) & (best[other] == at) & ~best.arm.str.contains("momentum|decayed|pre-norm")]
+            rows = alike[(alike.optimizer == optimizer) & (alike[other] == at)]
             common_tokens = rows.groupby("horizon_tokens")[axis].nunique()
             if common_tokens.empty or common_tokens.max() < 2:
                 continue
@@ -279,9 +280,9 @@ def sensitivity(grids: Grids, best: pd.DataFrame) -> dict[str, Contrast]:
     """Momentum's and decay's effect at the horizon where they were run: best loss, and the basin's half-width in the norm."""
     made = {}
     for arm in best.arm.unique() if len(best) else ():
-        kind = next((k for k in ("momentum", "decayed") if k in arm), None)
         other = at_longest(best, arm)
-        own = None if kind is None else at_longest(best, grids.arm(SCION), other.horizon_tokens)
+        kind = other.varied
+        own = at_longest(best, grids.arm(SCION), other.horizon_tokens) if kind else None
         if own is None:
             continue
         short = too_short(pd.DataFrame([own, other]), own.arm, arm)
