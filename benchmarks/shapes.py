@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from etastar.model.parametrization import count_parameters
+from etastar.model.shapes import count_parameters
 from etastar.recipe import AdamW, Corpus, Execution, Model, Recipe
 from etastar.schedules import Constant
 

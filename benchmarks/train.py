@@ -14,7 +14,7 @@ from benchmarks.rows import orders
 from benchmarks.shapes import Shape, counted_bytes, recipe_of, shapes
 from benchmarks.shared_core import busy_core
 from benchmarks.ways import compiles, layouts, ways
-from etastar.model.parametrization import flops_per_token
+from etastar.model.shapes import flops_per_token
 
 REFERENCE = "plain"
 KEPT_WAYS = ("engine", "plain")  # measured again on a shared core

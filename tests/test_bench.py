@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from etastar import cli
-from etastar.model.parametrization import parameter_shapes
+from etastar.model.shapes import parameter_shapes
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))

@@ -15,7 +15,7 @@ from etastar import cli, plots
 from etastar.analysis.read_runs import read_runs
 from etastar.analysis.units import UnitWarning
 from etastar.engine.plan import build_segments
-from etastar.model.parametrization import flops_per_token
+from etastar.model.shapes import flops_per_token
 from etastar.tune import Plan, Question, make_plan, tune
 from etastar.tune import carry_out as steps
 from etastar.tune.answer import answer, extrapolated, law_lines

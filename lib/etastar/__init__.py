@@ -5,7 +5,7 @@ import importlib
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "recipe": ("Recipe", "Model", "Corpus", "AdamW", "ScheduleFreeAdamW", "Scion", "SP", "MuP", "UnitNorm", "Execution"),
+    "recipe": ("Recipe", "Model", "Mixture", "Corpus", "AdamW", "ScheduleFreeAdamW", "Scion", "SP", "MuP", "CompleteP", "UnitNorm", "Execution"),
     "schedules": ("Constant", "Cosine", "WSD", "LinearToZero", "MultiStep", "InverseSqrt", "Power", "Branch", "Table"),
     "torch_schedule": ("to_lambda_lr",),
     "observe": ("Observe",),

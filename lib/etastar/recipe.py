@@ -13,13 +13,37 @@ from etastar.values import canonical_json, decode, digest_of_json, value
 
 
 @value
+class Mixture:
+    """A mixture of SwiGLU experts in place of the MLP, as granitemoe has it: each token goes through `experts_per_token` of `experts`.
+
+    A token's experts are those of the largest router logits, weighted by a softmax over these logits alone; no token is dropped.
+    `balance` and `router_z` multiply the load-balance loss (arXiv 2101.03961 eq. 4, over the top k) and the router's z loss (arXiv
+    2202.08906 eq. 5), means over layers; both are added to the loss that is trained, never to one that is told.
+    Raises ValueError for more experts a token than there are, and for counts below 1 or negative coefficients.
+    """
+
+    experts: int
+    experts_per_token: int
+    balance: float = 0.01
+    router_z: float = 0.001
+
+    def check(self):
+        if not 1 <= self.experts_per_token <= self.experts:
+            raise ValueError(f"a token cannot go through {self.experts_per_token} of {self.experts} experts: "
+                             "take 1 ≤ experts_per_token ≤ experts")
+        if min(self.balance, self.router_z) < 0:
+            raise ValueError(f"Mixture needs balance and router_z ≥ 0; got {self.balance} and {self.router_z}")
+
+
+@value
 class Model:
-    """Shape of a Granite-shaped decoder: RMSNorm, RoPE, SwiGLU, optional grouped-query attention.
+    """Shape of a Granite-shaped decoder: RMSNorm, RoPE, SwiGLU, optional grouped-query attention and mixture of experts.
 
     Widths in units (floats of the residual stream), `context` in tokens. `kv_heads` None means one per query head;
-    `ffn_width` None means 8/3 of the width rounded up to a multiple of 16. The vocabulary is the corpus's. `normalization` "pre" is
-    RMSNorm with a gain before attention, MLP and head; "everywhere" is RMSNorm without a gain on the input of every matrix, and of
-    each head's queries, keys and values (arXiv 2510.03871 §2.2).
+    `ffn_width` None means 8/3 of the width rounded up to a multiple of 16; with a `mixture` it is that of one expert. The vocabulary
+    is the corpus's. `normalization` "pre" is RMSNorm with a gain before attention, MLP and head; "everywhere" is RMSNorm without a
+    gain on the input of every matrix, and of each head's queries, keys and values (arXiv 2510.03871 §2.2). `qk_norm` is RMSNorm
+    without a gain of each head's queries and keys, before they are turned (arXiv 2010.04245).
     Raises ValueError when the width is not a whole number of heads or heads not a multiple of `kv_heads`.
     """
 
@@ -33,6 +57,8 @@ class Model:
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
     normalization: Literal["pre", "everywhere"] = "pre"
+    qk_norm: bool = False
+    mixture: Mixture | None = None
 
     def check(self):
         for name in ("width", "depth", "head_dim", "context"):
@@ -192,12 +218,16 @@ class SP:
 
 @value
 class MuP:
-    """Maximal update parametrization as arXiv 2408.13359 Table 1 and 2304.03208 have it, m = width / `base_width`.
+    """Maximal update parametrization (arXiv 2203.03466 Table 8), m = width / `base_width`.
 
-    Hidden matrices have the learning rate over m and init std over √m, logits are divided by m and attention scores by `head_dim` in
-    place of its root; embedding, head and gains are as in SP, and so are the output projections' √(2·depth). Embeddings and block
-    outputs are multiplied by constants. `decay` of hidden matrices: "independent" has η·λ the same at every width (λ times m, as
-    arXiv 2405.13698 asks), "coupled" has λ the same, so that η·λ falls as 1 / m.
+    Hidden and expert matrices have the learning rate over m and init std over √m, logits are divided by m; embedding, head and gains are
+    as in SP, and so are the output projections' √(2·depth). `attention` says what scores are divided by: "head_dim", or its "root". A
+    `router` is an output matrix (its logits over m) while the number of experts is held, and a "hidden" one where that grows with width
+    (arXiv 2508.09752). Embeddings and block outputs are multiplied by constants, the latter also by depth^−`residual_depth_exponent`: with
+    these it is Granite's (arXiv 2408.13359 Table 1, exponent 0) and, with 0.5 and the "root", MiniCPM's form (arXiv 2404.06395).
+    `decay` of hidden matrices: "independent" has η·λ the same at every width (λ times m, as arXiv 2405.13698 asks), "coupled" has λ the
+    same, so that η·λ falls as 1 / m. `eps` "scaled" is ε over m in the blocks, "fixed" ε everywhere.
+    Raises ValueError in a recipe whose width is neither a whole multiple nor a whole part of `base_width`.
     """
 
     base_width: int
@@ -205,10 +235,40 @@ class MuP:
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     decay: Literal["independent", "coupled"] = "independent"
+    attention: Literal["head_dim", "root"] = "head_dim"
+    residual_depth_exponent: float = 0.0
+    eps: Literal["fixed", "scaled"] = "fixed"
+    router: Literal["output", "hidden"] = "output"
 
     def check(self):
         if self.base_width < 1 or min(self.init_std, self.embedding_multiplier, self.residual_multiplier) <= 0:
             raise ValueError(f"MuP needs a base_width of at least 1 and an init_std and multipliers above 0; got {self}")
+
+
+@value
+class CompleteP:
+    """μP over width and depth (arXiv 2505.01618 Table 1), m = width / `base_width`, l = depth / `base_depth`, α = `alpha`.
+
+    As μP in width; block outputs are multiplied by l^−α and everything within the blocks has the learning rate times l^(α−1). α = 1 is
+    CompleteP, 0.5 and 0 are its controls. ε in the blocks is over m · l^α ("fixed": ε). No other rule of depth: output projections start
+    as every hidden matrix does. `decay`, `attention` and `router` are as in MuP.
+    Raises ValueError without a base depth, and in a recipe of a width as MuP refuses it or of less than the base depth.
+    """
+
+    base_width: int
+    base_depth: int | None = None
+    alpha: float = 1.0
+    init_std: float = 0.02
+    decay: Literal["independent", "coupled"] = "independent"
+    attention: Literal["head_dim", "root"] = "head_dim"
+    eps: Literal["fixed", "scaled"] = "scaled"
+    router: Literal["output", "hidden"] = "output"
+
+    def check(self):
+        if self.base_depth is None:
+            raise ValueError("CompleteP is a rule of depth and needs the depth it starts from: give base_depth")
+        if min(self.base_width, self.base_depth) < 1 or self.init_std <= 0 or not 0 <= self.alpha <= 1:
+            raise ValueError(f"CompleteP needs base_width and base_depth of at least 1, init_std > 0 and alpha in [0, 1]; got {self}")
 
 
 @value
@@ -242,7 +302,8 @@ class Recipe:
     `batch_tokens` is tokens per step and `horizon_tokens` tokens in all; both count predicted tokens. `data_seed` None
     means `seed`. `repeat` allows more than one epoch, which bars the run from horizon claims. `beta2_changes` are pairs
     (after_tokens, beta2): from the step after so many tokens on, AdamW's beta2 is this (arXiv 2508.01483 raises it in the cooldown).
-    `lr_ratios` multiply the rate of the token table, of all within the blocks (and the last gain), and of an untied head.
+    `lr_ratios` multiply the rate of the token table, of all within the blocks (and the last gain), and of an untied head. `z_loss`
+    times the mean of (log Σ exp logits)² is added to the loss that is trained (arXiv 2204.02311 §5), never to one that is told.
     Raises ValueError for shapes, batches, horizons, schedules and changes that cannot be.
     """
 
@@ -253,13 +314,14 @@ class Recipe:
     peak_lr: float
     batch_tokens: int
     horizon_tokens: int
-    parametrization: SP | MuP | UnitNorm = dataclasses.field(default_factory=SP)
+    parametrization: SP | MuP | CompleteP | UnitNorm = dataclasses.field(default_factory=SP)
     seed: int = 0
     data_seed: int | None = None
     repeat: bool = False
     execution: Execution = dataclasses.field(default_factory=Execution)
     beta2_changes: tuple[tuple[int, float], ...] = ()
     lr_ratios: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    z_loss: float = 0.0
 
     def check(self):
         if not self.peak_lr > 0 or self.peak_lr == float("inf"):
@@ -279,11 +341,24 @@ class Recipe:
             raise ValueError(f"micro_batch_sequences {micro} does not divide the batch of {self.batch_sequences} sequences")
         if not all(0 <= ratio < float("inf") for ratio in self.lr_ratios):
             raise ValueError(f"lr_ratios (input, hidden, output) must be finite and not negative; got {self.lr_ratios}")
+        if self.z_loss < 0:
+            raise ValueError(f"z_loss must not be negative; got {self.z_loss}")
+        self._check_base()
         if isinstance(self.parametrization, UnitNorm) and self.model.tied:
             raise ValueError("UnitNorm gives the token table and the head two norms, and this model ties them; set tied=False")
         self.lr()
         if self.beta2_changes:
             self._check_beta2_changes()
+
+    def _check_base(self):
+        """Whether the model is a scaled one of the parametrization's base; small runs for a larger base may lie below it in width."""
+        by, model = self.parametrization, self.model
+        if base := getattr(by, "base_width", None):
+            if max(model.width, base) % min(model.width, base):
+                raise ValueError(f"width {model.width} is not a whole multiple of base_width {base}, nor a whole part of it; take a "
+                                 f"width of {_nearest_multiple(model.width, base)} or a base_width that divides {model.width}")
+        if (base := getattr(by, "base_depth", None)) and model.depth < base:
+            raise ValueError(f"depth {model.depth} is below base_depth {base}; take a base_depth of at most {model.depth}")
 
     def _check_beta2_changes(self):
         if not isinstance(self.optimizer, AdamW):

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from etastar.model.decoder import Decoder, init_parameters, logits, loss, stack, token_losses, unstack
-from etastar.model.parametrization import as_table, count_parameters, flops_per_token, numbers, parameter_shapes, scalars
+from etastar.model.parametrization import as_table, numbers, scalars
+from etastar.model.shapes import count_parameters, flops_per_token, parameter_shapes
 from etastar.recipe import SP, AdamW, Corpus, Model, Recipe
 from etastar.schedules import Constant
 

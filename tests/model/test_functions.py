@@ -6,7 +6,8 @@ import torch.nn.functional as F
 
 from etastar.model.decoder import loss
 from etastar.model.functions import LOSS_ROWS, Attention, Gate, Linear, Normalize, Surprise, Turn, product
-from etastar.model.parametrization import Scalars, parameter_shapes
+from etastar.model.parametrization import Scalars
+from etastar.model.shapes import parameter_shapes
 from etastar.recipe import Model
 
 

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 import etastar as es
 from etastar.model.decoder import Decoder, init_parameters
 from etastar.model.granite import granite_config
-from etastar.model.parametrization import Scalars, as_table, fused_rows, numbers, parameter_shapes
+from etastar.model.parametrization import Scalars, as_table, numbers
+from etastar.model.shapes import fused_rows, parameter_shapes
 
 MODEL = es.Model(width=24, depth=2, head_dim=8, context=12, tied=False, kv_heads=1, normalization="everywhere", norm_eps=1e-20)
 VOCAB = 40

@@ -15,7 +15,7 @@ from etastar.model import norms, spectral
 from etastar.model.decoder import Decoder, init_parameters, stack
 from etastar.model.matrices import role_by_name
 from etastar.model.norms import operator_norms
-from etastar.model.parametrization import fused_rows, parameter_shapes
+from etastar.model.shapes import fused_rows, parameter_shapes
 from etastar.model.spectral import spectral_bracket
 from etastar.recipe import SP, Model, UnitNorm
 

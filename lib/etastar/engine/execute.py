@@ -17,7 +17,7 @@ from etastar.engine.plan import Node, Segment, build_segments
 from etastar.engine.slots import stack_key
 from etastar.engine.store import Store
 from etastar.engine.tuning import slots_chosen, tuned
-from etastar.model.parametrization import count_parameters
+from etastar.model.shapes import count_parameters
 from etastar.observe import Observe
 from etastar.recipe import Recipe
 from etastar.schedules import Branch

@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 
 from etastar.engine.kernels import fix_workspace
-from etastar.model.parametrization import count_parameters, flops_per_token
+from etastar.model.shapes import count_parameters, flops_per_token
 from etastar.recipe import Execution, Model, Recipe
 
 BUSY_FLOPS = 0.3e12  # of a pass: less, and a GPU waits for launches rather than for arithmetic (an H200 does it in 0.4 ms)

@@ -10,7 +10,7 @@ import torch
 
 from etastar.model.decoder import Params
 from etastar.model.norms import rms_to_inf
-from etastar.model.parametrization import fused_rows, role_of
+from etastar.model.shapes import fused_rows, role_of
 from etastar.model.spectral import eigenvalue_bracket, gram
 from etastar.recipe import Model
 

@@ -16,7 +16,8 @@ from etastar.engine.read_outs import keep_losses, kept_losses
 from etastar.engine.slots import validate
 from etastar.engine.store import CURVE_COLUMNS, NORM_COLUMNS, Store, parquet, read_parquet
 from etastar.model.decoder import Decoder
-from etastar.model.parametrization import count_parameters, flops_per_token, scalars
+from etastar.model.parametrization import scalars
+from etastar.model.shapes import count_parameters, flops_per_token
 from etastar.observe import Observe, step_of_window
 from etastar.optim.averaging import compose
 from etastar.recipe import Recipe

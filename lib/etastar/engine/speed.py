@@ -5,7 +5,7 @@ from etastar.engine.execute import Sweep, default_layout, disk_bytes
 from etastar.engine.measure import measured
 from etastar.engine.plan import Cost, Segment, build_segments, schedule_length
 from etastar.engine.slots import stack_key
-from etastar.model.parametrization import flops_per_token
+from etastar.model.shapes import flops_per_token
 from etastar.recipe import Corpus, Recipe
 
 START_SECONDS = 6.0  # a worker process imports torch and opens the corpus before its first step

@@ -1,14 +1,11 @@
-"""A parametrization as plain numbers: per parameter an init std and multipliers, and four scalars for the forward pass.
-
-Roles: embedding (token table, also the head when tied), hidden (matrices of the blocks), output (untied head), norm (gains).
-"""
+"""A parametrization as plain numbers: per parameter an init std and multipliers, and four scalars for the forward pass."""
 
 import dataclasses
-import functools
 import math
 
 import pandas as pd
 
+from etastar.model.shapes import fused_rows, parameter_shapes, role_of
 from etastar.recipe import SP, Model, MuP, Recipe, Scion, UnitNorm
 
 
@@ -38,45 +35,6 @@ class Scalars:
     residual: float
     attention: float
     logits: float
-
-
-def parameter_shapes(model: Model, vocab: int) -> dict[str, tuple[int, ...]]:
-    """Unstacked shapes by name, in order; a tied head is stored once, as the embedding."""
-    width, ffn, head_dim = model.width, model.resolved_ffn_width, model.head_dim
-    qkv = (model.heads + 2 * model.resolved_kv_heads) * head_dim
-    shapes = {"embedding": (vocab, width)}
-    for i in range(model.depth):
-        shapes |= {
-            f"layers.{i}.attention_norm": (width,),
-            f"layers.{i}.qkv": (qkv, width),
-            f"layers.{i}.attention_out": (width, model.heads * head_dim),
-            f"layers.{i}.mlp_norm": (width,),
-            f"layers.{i}.gate_up": (2 * ffn, width),
-            f"layers.{i}.mlp_out": (width, ffn),
-        }
-    shapes["final_norm"] = (width,)
-    if not model.tied:
-        shapes["head"] = (vocab, width)
-    gains = model.normalization == "pre"
-    return {name: shape for name, shape in shapes.items() if gains or role_of(name) != "norm"}
-
-
-def fused_rows(name: str, model: Model) -> tuple[int, ...]:
-    """Rows of each matrix that one parameter holds: queries, keys and values; gate and up; else the parameter alone, ().
-
-    An operator norm, and a spectral update, is of each such matrix and not of all of them as one.
-    """
-    if name.endswith(".qkv"):
-        keys = model.resolved_kv_heads * model.head_dim
-        return model.heads * model.head_dim, keys, keys
-    return (model.resolved_ffn_width,) * 2 if name.endswith(".gate_up") else ()
-
-
-def role_of(name: str) -> str:
-    """The role a parameter's name gives it."""
-    if name.endswith("norm"):
-        return "norm"
-    return {"embedding": "embedding", "head": "output"}.get(name, "hidden")
 
 
 def numbers(parametrization: SP | MuP | UnitNorm, model: Model, vocab: int,
@@ -130,26 +88,3 @@ def as_table(recipe: Recipe) -> pd.DataFrame:
         "peak_lr": recipe.peak_lr * row.lr_multiplier,
         "weight_decay": recipe.optimizer.weight_decay * (1.0 if decays_all else row.decay_multiplier),
     } for name, row in table.items()])
-
-
-@functools.lru_cache(maxsize=256)
-def _sizes(model: Model, vocab: int) -> dict[str, int]:
-    return {name: math.prod(shape) for name, shape in parameter_shapes(model, vocab).items()}
-
-
-def count_parameters(model: Model, vocab: int) -> dict[str, int]:
-    """Parameters in all and without token tables (embedding and head)."""
-    sizes = _sizes(model, vocab)
-    tables = sum(size for name, size in sizes.items() if role_of(name) in ("embedding", "output"))
-    return {"total": sum(sizes.values()), "non_embedding": sum(sizes.values()) - tables}
-
-
-def flops_per_token(model: Model, vocab: int) -> dict[str, float]:
-    """Training FLOPs a token (forward and twice that backward): "exact", and "6nd", six times all parameters.
-
-    Exact counts 2 a multiply-add of every matrix including the head once, and causal attention at half its square:
-    3 · (2 · matrices + 2 · depth · context · heads · head_dim).
-    """
-    matrices = sum(size for name, size in _sizes(model, vocab).items() if role_of(name) == "hidden") + vocab * model.width
-    attention = 2 * model.depth * model.context * model.heads * model.head_dim
-    return {"exact": 3.0 * (2 * matrices + attention), "6nd": 6.0 * count_parameters(model, vocab)["total"]}

@@ -114,7 +114,7 @@ def published_laws(question: Question) -> pd.DataFrame | None:
         from etastar.analysis.laws import recommend
     except ImportError:
         return None
-    from etastar.model.parametrization import count_parameters
+    from etastar.model.shapes import count_parameters
 
     model = question.model
     return recommend(params=count_parameters(model, question.corpus.vocab)["non_embedding"], horizon_tokens=question.horizon_tokens,

@@ -14,7 +14,7 @@ import numpy as np
 from scipy import stats
 from scipy.optimize import nnls
 
-from etastar.model.parametrization import flops_per_token
+from etastar.model.shapes import flops_per_token
 from etastar.recipe import Recipe
 from etastar.tune.question import LEAST_HORIZONS, Ladder, Question
 
