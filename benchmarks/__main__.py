@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.rows import show
 
-BENCHES = ("train", "optimizer", "fits", "data", "plan", "norms", "distributed_scion")
+BENCHES = ("train", "optimizer", "fits", "data", "plan", "norms", "mixture", "distributed_scion")
 ON_CPU = ("distributed_scion",)  # told for a CPU alone, and left out where all are run on a GPU
 
 

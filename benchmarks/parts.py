@@ -47,7 +47,7 @@ def _calls(stack: SlotStack, recipe) -> dict:
         bf16, sequences = recipe.execution.precision == "bf16", stack.slots * stack.micro_batch
         precision = torch.autocast(stack.device.type, torch.bfloat16, enabled=bf16)
         with kernels(recipe.execution, stack.model, sequences, stack.device), precision:
-            return stack.loss(stack.params, tokens, stack.model, stack.scalars).sum()
+            return stack.objective(stack.params, tokens, stack.model, stack.scalars, stack.z_loss)[0].sum()
 
     def optimizer(_):
         stack.optimizer.clip(stack.grad_MxP)

@@ -85,7 +85,7 @@ def check_rows(text: str, ways_wanted: set[str]) -> list[dict]:
 def test_an_unknown_benchmark_gives_one_clear_line(capfd):
     assert cli.main(["bench", "nope"]) == 2
     err = capfd.readouterr().err
-    assert "unknown benchmark 'nope'; known: train, optimizer, fits, data, plan, norms, distributed_scion" in err
+    assert "unknown benchmark 'nope'; known: train, optimizer, fits, data, plan, norms, mixture, distributed_scion" in err
     assert len(err.strip().splitlines()) == 1
 
 

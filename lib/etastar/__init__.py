@@ -5,7 +5,10 @@ import importlib
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "recipe": ("Recipe", "Model", "Mixture", "Corpus", "AdamW", "ScheduleFreeAdamW", "Scion", "SP", "MuP", "CompleteP", "UnitNorm", "Execution"),
+    "recipe": ("Recipe", "Model", "Mixture", "Corpus", "AdamW", "ScheduleFreeAdamW", "Scion", "SP", "MuP", "CompleteP", "UnitNorm",
+               "Execution"),
+    "transfer": ("transfer",),
+    "coordinates": ("coordinate_check", "measure_coordinates", "judge_coordinates"),
     "schedules": ("Constant", "Cosine", "WSD", "LinearToZero", "MultiStep", "InverseSqrt", "Power", "Branch", "Table"),
     "torch_schedule": ("to_lambda_lr",),
     "observe": ("Observe",),

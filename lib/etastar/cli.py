@@ -1,4 +1,4 @@
-"""The `etastar` command: doctor, plan, run, runs, reproduce, branch, tune, recommend, fetch, report, bench."""
+"""The `etastar` command: doctor, plan, run, runs, reproduce, branch, tune, coordinates, recommend, fetch, report, bench."""
 
 import argparse
 import json
@@ -94,6 +94,12 @@ def _parser() -> argparse.ArgumentParser:
 
     _tune_words(verbs.add_parser("tune", parents=[common, layout], help="the learning rate for a run on your own data, from small runs"))
 
+    verb = verbs.add_parser("coordinates", parents=[common], help="whether activations keep their size as a network grows, trained here")
+    verb.add_argument("--parametrization", choices=("sp", "mup", "completep"), default="mup", help="what to check (default: mup)")
+    for name, usual, what in (("widths", "64,128,256", "model dimensions, the smallest the base"), ("depths", "2", "layers")):
+        verb.add_argument(f"--{name}", type=lambda ns: [_count(n) for n in ns.split(",")], default=usual, help=f"{what} (default: {usual})")
+    verb.add_argument("--seeds", type=_count, default=3, metavar="N", help="of the intervals (default: 3)")
+    verb.set_defaults(act=_coordinates)
     verb = verbs.add_parser("fetch", parents=[common], help="download published run logs and check their sha256")
     verb.add_argument("what", choices=("archives",))
     verb.add_argument("names", nargs="*", metavar="NAME", help="archives of data/archives.toml (default: all)")
@@ -162,7 +168,7 @@ def _plan(options):
     if options.parameters:
         from etastar.model.parametrization import as_table
 
-        return _show({"parameters": as_table(recipes[0])}, options)
+        return _show({"parameters": (table := as_table(recipes[0])), "forward": table.attrs["forward"]}, options)
     if options.preset == "paper" or _meant_for_another_machine(recipes):
         told = cost_without_corpus(recipes)
     else:
@@ -347,6 +353,13 @@ def _tune(options):
                        tell=(lambda said: None) if options.json else lambda said: print(said, flush=True), **layout)
     if options.json:
         print(json.dumps(as_json(plan, found), indent=1))
+
+
+def _coordinates(options):
+    from etastar.coordinates import check_named
+
+    passed, parts = check_named(options.parametrization, options.widths, options.depths, options.seeds)
+    return _show(parts | ({"passed": passed} if options.json else {}), options) or int(not passed)
 
 
 def _fetch(options):

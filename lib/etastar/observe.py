@@ -4,16 +4,22 @@ import dataclasses
 
 from etastar.values import value
 
+LOGS = {  # what is read off the state of a run while it trains: curve columns of each log
+    "norms": ("norm_embedding", "norm_hidden", "norm_output"),
+    "features": ("attention_logit_max", "stream_rms", "stream_delta", "feature_rank", "update_ratio", "log_z_max", "load_imbalance"),
+}
+
 
 @value
 class Observe:
-    """Read-outs along the way: validation losses, averages of the weights, and their operator norms.
+    """Read-outs along the way: validation losses, averages of the weights, their operator norms, and what its activations do.
 
     `val_every_tokens`: validation loss every so many tokens (None: at the end of the run only). `ema_horizon_tokens`: one
     exponential average of the weights for each horizon. `average_every_tokens`: the mean of the weights over every so many tokens
     and the weights at the end of each such window, from which SWA and LAWA of any later windows compose (`Run.averages`); a window
     takes two copies of the parameters on disk, shared by all runs that pass through it. `norms_every_tokens`: the norms of the token
     table (1→RMS), of the hidden matrix that has the largest (RMS→RMS) and of the head (RMS→∞), every so many tokens and at the end.
+    `features_every_tokens`: likewise what tells stability and feature learning, on a few validation sequences (engine.feature_log).
     Raises ValueError for cadences and horizons below 1 token and for a horizon given twice.
     """
 
@@ -21,9 +27,10 @@ class Observe:
     ema_horizon_tokens: tuple[int, ...] = ()
     average_every_tokens: int | None = None
     norms_every_tokens: int | None = None
+    features_every_tokens: int | None = None
 
     def check(self):
-        for name in ("val_every_tokens", "average_every_tokens", "norms_every_tokens"):
+        for name in ("val_every_tokens", "average_every_tokens", "norms_every_tokens", "features_every_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         if min(self.ema_horizon_tokens, default=1) < 1 or len(set(self.ema_horizon_tokens)) < len(self.ema_horizon_tokens):
@@ -38,9 +45,21 @@ class Observe:
         """Whether the state after `step` steps is to be validated."""
         return _passes(step, batch_tokens, self.val_every_tokens)
 
+    @property
+    def logs(self) -> tuple[str, ...]:
+        """Those of `LOGS` that are asked for."""
+        return tuple(log for log in LOGS if self._log_every(log) is not None)
+
+    def log_due(self, log: str, step: int, batch_tokens: int) -> bool:
+        """Whether one of `LOGS` is due after `step` steps."""
+        return _passes(step, batch_tokens, self._log_every(log))
+
+    def _log_every(self, log: str) -> int | None:
+        return {"norms": self.norms_every_tokens, "features": self.features_every_tokens}[log]
+
     def norms_due(self, step: int, batch_tokens: int) -> bool:
         """Whether the norms of the weights after `step` steps are to be logged."""
-        return _passes(step, batch_tokens, self.norms_every_tokens)
+        return self.log_due("norms", step, batch_tokens)
 
     def window_due(self, step: int, batch_tokens: int) -> bool:
         """Whether a window of the weights' average ends after `step` steps."""
@@ -54,7 +73,7 @@ class Observe:
         """Whether a run observed so has all that `other` asks for."""
         return (other.val_every_tokens in (None, self.val_every_tokens)
                 and other.average_every_tokens in (None, self.average_every_tokens)
-                and other.norms_every_tokens in (None, self.norms_every_tokens)
+                and all(other._log_every(log) in (None, self._log_every(log)) for log in LOGS)
                 and set(other.ema_horizon_tokens) <= set(self.ema_horizon_tokens))
 
     def to_meta(self) -> dict:

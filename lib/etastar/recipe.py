@@ -17,8 +17,9 @@ class Mixture:
     """A mixture of SwiGLU experts in place of the MLP, as granitemoe has it: each token goes through `experts_per_token` of `experts`.
 
     A token's experts are those of the largest router logits, weighted by a softmax over these logits alone; no token is dropped.
-    `balance` and `router_z` multiply the load-balance loss (arXiv 2101.03961 eq. 4, over the top k) and the router's z loss (arXiv
-    2202.08906 eq. 5), means over layers; both are added to the loss that is trained, never to one that is told.
+    `balance` and `router_z` multiply the load-balance loss (arXiv 2101.03961 eq. 4, over the top k, of loads and probabilities averaged
+    over layers, as transformers has it) and the router's z loss (arXiv 2202.08906 eq. 5, mean over layers); both are added to the loss
+    that is trained, never to one that is told.
     Raises ValueError for more experts a token than there are, and for counts below 1 or negative coefficients.
     """
 
@@ -71,6 +72,8 @@ class Model:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} must be even: rotary embeddings turn pairs of units")
+        if self.qk_norm and self.normalization == "everywhere":
+            raise ValueError('normalization="everywhere" normalizes queries and keys already; leave qk_norm out')
         if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
             raise ValueError(f"{self.heads} query heads cannot share {self.kv_heads} key/value heads evenly")
 
@@ -344,6 +347,8 @@ class Recipe:
         if self.z_loss < 0:
             raise ValueError(f"z_loss must not be negative; got {self.z_loss}")
         self._check_base()
+        if self.model.mixture is not None:
+            self._check_mixture()
         if isinstance(self.parametrization, UnitNorm) and self.model.tied:
             raise ValueError("UnitNorm gives the token table and the head two norms, and this model ties them; set tied=False")
         self.lr()
@@ -359,6 +364,13 @@ class Recipe:
                                  f"width of {_nearest_multiple(model.width, base)} or a base_width that divides {model.width}")
         if (base := getattr(by, "base_depth", None)) and model.depth < base:
             raise ValueError(f"depth {model.depth} is below base_depth {base}; take a base_depth of at most {model.depth}")
+
+    def _check_mixture(self):
+        if self.execution.compiled:
+            raise ValueError("a mixture of experts has products as long as its tokens make them, which are not compiled; set "
+                             "Execution(compiled=False)")
+        if isinstance(self.parametrization, UnitNorm):
+            raise ValueError("UnitNorm has no rule for routers and experts; take SP, MuP or CompleteP for a mixture")
 
     def _check_beta2_changes(self):
         if not isinstance(self.optimizer, AdamW):

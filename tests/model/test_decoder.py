@@ -28,7 +28,8 @@ def test_parameter_counts_by_hand_and_of_a_published_model():
     assert count_parameters(Model(width=384, depth=8, head_dim=64, ffn_width=1024), 50_304)["total"] == 33_479_040
     assert count_parameters(Model(width=768, depth=24, head_dim=64, ffn_width=2048), 50_304)["total"] == 208_540_416
     block = 3 * 32 * 32 + 32 * 32 + 3 * 32 * 96 + 2 * 32
-    assert count_parameters(MODEL, 64) == {"total": 2 * 64 * 32 + 2 * block + 32, "non_embedding": 2 * block + 32}
+    assert count_parameters(MODEL, 64) == {"total": 2 * 64 * 32 + 2 * block + 32, "non_embedding": 2 * block + 32,
+                                           "active": 2 * 64 * 32 + 2 * block + 32}
 
 
 def test_flops_by_hand():

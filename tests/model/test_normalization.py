@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import etastar as es
 from etastar.model.decoder import Decoder, init_parameters
+from etastar.model.functions import NormalizeFirst
 from etastar.model.granite import granite_config
 from etastar.model.parametrization import Scalars, as_table, numbers
 from etastar.model.shapes import fused_rows, parameter_shapes
@@ -52,6 +53,44 @@ def test_the_decoder_normalized_everywhere_is_the_plain_one():
     other = dataclasses.replace(MODEL, normalization="pre")
     assert not any(name.endswith("norm") for name in parameter_shapes(MODEL, VOCAB))
     assert sum(name.endswith("norm") for name in parameter_shapes(other, VOCAB)) == 5
+
+
+@pytest.mark.parametrize("kv_heads, context", [(None, 12), (1, 12), (None, 300)], ids=["by hand", "shared keys", "long context"])
+def test_queries_and_keys_alone_are_normalized_before_they_turn(kv_heads, context):
+    model = es.Model(width=24, depth=1, head_dim=8, context=context, kv_heads=kv_heads, qk_norm=True, norm_eps=1e-6)
+    params = init_parameters(model, VOCAB, es.SP(init_std=0.3), seed=1)
+    assert list(params) == list(parameter_shapes(dataclasses.replace(model, qk_norm=False), VOCAB))  # it has no gain
+    tokens = torch.randint(VOCAB, (2, context), generator=torch.Generator().manual_seed(2))
+    of = {name.removeprefix("layers.0."): p for name, p in params.items()}
+    x, kinds = of["embedding"][tokens], [model.heads, *[model.resolved_kv_heads] * 2]
+    q, k, v = (p.transpose(1, 2) for p in (norm(x) @ of["qkv"].T).view(2, context, -1, 8).split(kinds, dim=2))
+    h = F.scaled_dot_product_attention(turned(norm(q)), turned(norm(k)), v, is_causal=True, enable_gqa=True)
+    x = x + h.transpose(1, 2).reshape(2, context, -1) @ of["attention_out"].T
+    gate, up = (norm(x) @ of["gate_up"].T).chunk(2, -1)
+    x = x + (F.silu(gate) * up) @ of["mlp_out"].T
+    with torch.no_grad():
+        ours, other = (Decoder(m, VOCAB, es.SP(), params)(tokens) for m in (model, dataclasses.replace(model, qk_norm=False)))
+    torch.testing.assert_close(ours, norm(x) @ of["embedding"].T, rtol=1e-3, atol=1e-4)
+    assert (ours - other).abs().max() > 0.01
+
+
+def test_the_first_heads_are_normalized_with_autograds_gradient_and_the_others_pass():
+    x, above = (torch.randn(2, 5, 7, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in (0, 1))
+    x.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: NormalizeFirst.apply(x, 5, 0.1), x)
+    ours, (grad,) = NormalizeFirst.apply(x, 5, 0.1), torch.autograd.grad(NormalizeFirst.apply(x, 5, 0.1), x, above)
+    torch.testing.assert_close(ours[:, :, :5], F.rms_norm(x[:, :, :5], (4,), eps=0.1))
+    assert torch.equal(ours[:, :, 5:], x[:, :, 5:]) and torch.equal(grad[:, :, 5:], above[:, :, 5:])
+
+
+def test_scores_of_normalized_queries_and_keys_are_bounded_whatever_the_weights():
+    model = es.Model(width=24, depth=1, head_dim=8, context=12, qk_norm=True)
+    params = init_parameters(model, VOCAB, es.SP(init_std=0.3), seed=1)
+    tokens = torch.randint(VOCAB, (2, 12), generator=torch.Generator().manual_seed(2))
+    larger = dict(params) | {"layers.0.qkv": torch.cat([params["layers.0.qkv"][:48] * 100, params["layers.0.qkv"][48:]])}
+    with torch.no_grad():
+        one, other = (Decoder(model, VOCAB, es.SP(), p)(tokens) for p in (params, larger))
+    torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)  # queries and keys a hundred times as long change nothing but ε's share
 
 
 def test_a_fused_parameter_is_told_apart_into_its_matrices():

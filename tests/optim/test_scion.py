@@ -192,8 +192,8 @@ def test_bad_options_are_told(options, words):
 
 
 def test_layers_without_a_rule_and_vectors_under_a_spectral_one_are_told():
-    with pytest.raises(ValueError, match="no rule for the layers {'gate': 'router'}"):
-        StackedScion(Flat({"gate": ParameterNumbers("router", (4, 4), 0.1, 1.0, 1.0)}, 1, "cpu"))
+    with pytest.raises(ValueError, match="no rule for the layers {'gate': 'convolution'}"):
+        StackedScion(Flat({"gate": ParameterNumbers("convolution", (4, 4), 0.1, 1.0, 1.0)}, 1, "cpu"))
     with pytest.raises(ValueError, match=r"{'bias': \(4,\)}"):
         StackedScion(Flat({"bias": ParameterNumbers("hidden", (4,), 0.1, 1.0, 1.0)}, 1, "cpu"))
     _, stacked = filled(numbers(es.UnitNorm(), MODEL, 20), es.Scion())

@@ -38,11 +38,14 @@ def slot_bytes(model: Model, vocab: int, batch_sequences: int, execution: Execut
     for the copies a product is made of: with the gain in it, and in the pass's precision (`item` bytes). A token takes, in every
     layer, two normalized streams (float32) and, in the pass's precision, the inputs of four products, queries, keys and values, what
     attention mixed, gate, up and their two outputs; at the end the last stream three times, and logits, probabilities and slopes.
+    A mixture keeps gate, up and outputs, and its row before and after them, once for every expert of the token, and three float32 of
+    the router for each there is; experts are taken to be used alike, for the rest is padding.
     """
-    item = 2 if execution.precision == "bf16" else 4
+    item, mixture = 2 if execution.precision == "bf16" else 4, model.mixture
     width, ffn, qkv = model.width, model.resolved_ffn_width, (model.heads + 2 * model.resolved_kv_heads) * model.head_dim
     a_parameter = 16 + 4 + 4 + item
-    a_layer = 4 * 2 * width + item * (4 * width + qkv + 4 * ffn)
+    an_mlp = item * 4 * ffn if mixture is None else 12 * mixture.experts + item * mixture.experts_per_token * (4 * ffn + 2 * width)
+    a_layer = 4 * 2 * width + item * (4 * width + qkv) + an_mlp
     a_token = model.depth * a_layer + 4 * 3 * width + 8 * vocab
     tokens = (execution.micro_batch_sequences or batch_sequences) * model.context
     return a_parameter * count_parameters(model, vocab)["total"] + a_token * tokens

@@ -10,7 +10,7 @@ import torch
 
 from etastar.model.decoder import Params
 from etastar.model.norms import rms_to_inf
-from etastar.model.shapes import fused_rows, role_of
+from etastar.model.shapes import fused_rows, matrices_in, role_of
 from etastar.model.spectral import eigenvalue_bracket, gram
 from etastar.recipe import Model
 
@@ -40,11 +40,13 @@ def weight_norms(params: Params, model: Model) -> torch.Tensor:
 
 
 def _largest(params: Params, model: Model) -> Iterator[torch.Tensor]:
-    """The largest RMS→RMS norms of groups of hidden matrices, (M,) each; those of one shape, either way round, go together."""
+    """The largest RMS→RMS norms of groups of hidden matrices, every expert's too, (M,) each; those of one shape, either way round, go
+    together."""
     by_shape = defaultdict(list)
     for name, w_MxOxI in params.items():
-        if role_of(name) == "hidden":
-            for matrix in w_MxOxI.split(fused_rows(name, model) or w_MxOxI.shape[1], dim=1):
+        if role_of(name) in ("hidden", "expert"):
+            for place in matrices_in(tuple(w_MxOxI.shape[1:]), fused_rows(name, model)):
+                matrix = w_MxOxI[:, *place]
                 rows, columns = matrix.shape[1:]
                 by_shape[tuple(sorted((rows, columns)))].append((matrix if rows >= columns else matrix.mT, columns / rows))
     for (short, long), matrices in by_shape.items():

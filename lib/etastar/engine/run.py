@@ -10,11 +10,12 @@ import pandas as pd
 import torch
 
 from etastar.engine.checkpoint import AVERAGE, Damaged, tensor_bytes, tensors_of
+from etastar.engine.curve import with_logged
 from etastar.engine.plan import Node, build_segments, control_bytes, controls
 from etastar.engine.provenance import provenance
 from etastar.engine.read_outs import keep_losses, kept_losses
 from etastar.engine.slots import validate
-from etastar.engine.store import CURVE_COLUMNS, NORM_COLUMNS, Store, parquet, read_parquet
+from etastar.engine.store import CURVE_COLUMNS, Store, parquet, read_parquet
 from etastar.model.decoder import Decoder
 from etastar.model.parametrization import scalars
 from etastar.model.shapes import count_parameters, flops_per_token
@@ -113,8 +114,8 @@ class Run(Trunk):
 
     @functools.cached_property
     def curve(self) -> pd.DataFrame:
-        """One row a step: step (after which), tokens, lr, train_loss (before the update), val_loss, grad_norm, and the operator norms
-        norm_embedding, norm_hidden, norm_output of the weights; what was not observed at a step is NaN there."""
+        """One row a step: step (after which), tokens, lr, train_loss (before the update), val_loss, grad_norm, and the columns of
+        observe.LOGS, operator norms of the weights and features of the activations; what was not observed at a step is NaN there."""
         return read_parquet(self.store.read(self.run_id, "metrics.parquet")).reindex(columns=CURVE_COLUMNS)  # older ones have no norms
 
     @functools.cached_property
@@ -303,17 +304,12 @@ def stored_steps(store: Store, recipe: Recipe) -> int:
 
 
 def write_run(store: Store, recipe: Recipe, node: Node, observe: Observe, vocab: int, model=None, validation=None,
-              averages: dict | None = None, weight_norms: list[float] | None = None) -> None:
-    """Put a run in its folder: its curve along the shared states, its model, validation and EMAs unless it diverged.
-
-    `weight_norms` are those of its last step, where norms are logged.
-    """
+              averages: dict | None = None) -> None:
+    """Put a run in its folder: its curve along the shared states, its model, validation and EMAs unless it diverged."""
     curve, files = store.curve_to(node).reindex(columns=CURVE_COLUMNS), {}
     if model is not None:
         mean, loss_N, document_N = validation
         curve.loc[len(curve) - 1, "val_loss"] = mean
-        if weight_norms is not None:
-            curve.loc[len(curve) - 1, list(NORM_COLUMNS)] = weight_norms
         files["model.safetensors"] = tensor_bytes(model)
         emas = {name.removeprefix(AVERAGE): t for name, t in (averages or {}).items() if name.startswith(AVERAGE + "ema")}
         if emas:
@@ -344,24 +340,20 @@ def summarize(recipe: Recipe, curve: pd.DataFrame, observe: Observe, vocab: int,
         "depth": recipe.model.depth,
         "params_total": parameters["total"],
         "params_non_embedding": parameters["non_embedding"],
+        "params_active": parameters["active"],
         "flops": flops_per_token(recipe.model, vocab)["exact"] * recipe.horizon_tokens,
         "observed": {name: given for name, given in observe.to_meta().items() if given},
     }
 
 
-def curve_frame(recipe: Recipe, start: int, lr, train_loss, grad_norm, val_loss: dict[int, float],
-                weight_norms: dict[int, list[float]] | None = None) -> pd.DataFrame:
-    """Rows of a curve for the steps `start` + 1 …; `val_loss` and `weight_norms` map steps to what was observed after them."""
+def curve_frame(recipe: Recipe, start: int, lr, train_loss, grad_norm, val_loss: dict[int, float]) -> pd.DataFrame:
+    """Rows of a curve for the steps `start` + 1 …, nothing logged; `val_loss` maps steps to the validation loss after them."""
     steps = np.arange(start + 1, start + 1 + len(lr))
-    norms_Sx3 = np.full((len(steps), len(NORM_COLUMNS)), np.nan)
-    for step, norms in (weight_norms or {}).items():
-        norms_Sx3[step - start - 1] = norms
-    return pd.DataFrame({
+    return with_logged(pd.DataFrame({
         "step": steps,
         "tokens": steps * recipe.batch_tokens,
         "lr": np.asarray(lr, dtype=np.float64),
         "train_loss": np.asarray(train_loss, dtype=np.float32),
         "val_loss": np.array([val_loss.get(int(step), np.nan) for step in steps], dtype=np.float64),
         "grad_norm": np.asarray(grad_norm, dtype=np.float32),
-        **dict(zip(NORM_COLUMNS, norms_Sx3.T, strict=True)),
-    }, columns=CURVE_COLUMNS)
+    }), {})[list(CURVE_COLUMNS)]

@@ -31,7 +31,12 @@ OPTIMIZERS = {AdamW: StackedAdamW, ScheduleFreeAdamW: StackedScheduleFreeAdamW, 
 def stack_key(recipe: Recipe) -> str:
     """Recipes with equal keys can share a stack: same shapes, data source and way of computing."""
     return digest(recipe.model, recipe.corpus, recipe.parametrization, recipe.execution, type(recipe.optimizer).__name__,
-                  getattr(recipe.optimizer, "structure", ()), recipe.lr_ratios, recipe.batch_sequences)
+                  getattr(recipe.optimizer, "structure", ()), recipe.lr_ratios, recipe.batch_sequences, recipe.z_loss)
+
+
+def _way(recipe: Recipe, way: str | None) -> str:
+    way = way or ("host" if recipe.execution.device == "cpu" else "graph")
+    return "tables" if way == "graph" and recipe.model.mixture is not None else way
 
 
 class SlotStack:
@@ -39,14 +44,15 @@ class SlotStack:
 
     All recipes loaded must have the `stack_key` of the first. Tensors carry a leading slot axis M. `way` is how steps are driven,
     with equal bits: "host" gives each its batch (default on a CPU), "tables" reads it from the device, "graph" replays that as a
-    CUDA graph (default on a GPU). `observe` says which averages of the weights to keep; they change no bit of the training.
+    CUDA graph (default on a GPU; a mixture of experts, whose products are as long as its tokens make them, takes "tables" instead).
+    `observe` says which averages of the weights to keep; they change no bit of the training.
     """
 
     def __init__(self, recipe: Recipe, tokens: TokenSet, slots: int = 1, way: str | None = None, observe: Observe | None = None):
         self.key, self.model, self.tokens, self.slots = stack_key(recipe), recipe.model, tokens, slots
         self.execution, self.batch_sequences = recipe.execution, recipe.batch_sequences
-        self.device = torch.device(recipe.execution.device)
-        self.way = way or ("host" if self.device.type == "cpu" else "graph")
+        self.z_loss, self.device = recipe.z_loss, torch.device(recipe.execution.device)
+        self.way = _way(recipe, way)
         if self.device.type == "cuda" and self.execution.deterministic:
             fix_workspace()  # before anything is put on the GPU
         self.copies = torch.cuda.Stream() if self.device.type == "cuda" else None
@@ -63,7 +69,7 @@ class SlotStack:
         self.alive_M = torch.zeros(slots, dtype=torch.bool, device=self.device)
         if recipe.execution.compiled:
             decoder.tell_compiler()
-        self.loss = compiled_alone(decoder.loss) if recipe.execution.compiled else decoder.loss
+        self.objective = compiled_alone(decoder.objective) if recipe.execution.compiled else decoder.objective
         self.tables = None if self.way == "host" else StepTables(tokens, self.model.context, slots, self.batch_sequences,
                                                                  self.flat.data.device, graphed=self.way == "graph")
 
@@ -156,16 +162,16 @@ class SlotStack:
         return torch.where(self.alive_M, loss_M, nan_M), torch.where(self.alive_M, norm_M, nan_M)
 
     def _backward(self, tokens_MxBxT: torch.Tensor) -> torch.Tensor:
-        """Mean loss of each slot, its gradient in `grad_MxP`; losses of slots are summed, so gradients stay apart."""
+        """Mean cross-entropy of each slot, the gradient of what is trained in `grad_MxP`; slots are summed, so gradients stay apart."""
         share, names = self.micro_batch / self.batch_sequences, list(self.params)
         total_M = torch.zeros(self.slots, device=self.device)
         for part, part_MxbxT in enumerate(tokens_MxBxT.split(self.micro_batch, dim=1)):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.execution.precision == "bf16"):
-                loss_M = self.loss(self.params, part_MxbxT, self.model, self.scalars)
-            found = torch.autograd.grad((loss_M * share).sum(), [self.params[name] for name in names])
+                trained_M, told_M = self.objective(self.params, part_MxbxT, self.model, self.scalars, self.z_loss)
+            found = torch.autograd.grad((trained_M * share).sum(), [self.params[name] for name in names])
             for name, grad in zip(names, found, strict=True):
                 self.grads[name].add_(grad) if part else self.grads[name].copy_(grad)
-            total_M += loss_M.detach() * share
+            total_M += told_M.detach() * share
         return total_M
 
     def state(self, slot: int) -> tuple[dict, dict, int]:

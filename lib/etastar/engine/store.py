@@ -16,7 +16,6 @@ nothing away; `runs gc` wants the store for itself, so all of these hold `.in-us
 """
 
 import contextlib
-import io
 import json
 import os
 import shutil
@@ -30,14 +29,15 @@ from typing import TypeVar
 import pandas as pd
 
 from etastar.engine.checkpoint import Damaged, check_size, read_json, read_whole, tensors_of, write_json, write_whole
+from etastar.engine.curve import parquet, passed, read_parquet
 from etastar.engine.folders import ALONE, TOGETHER, is_alive, lock_at_once, replace_folder, wait_for_lock
 from etastar.engine.plan import Node
-from etastar.observe import Observe
+from etastar.observe import LOGS, Observe
 from etastar.recipe import Recipe
 from etastar.values import canonical_json
 
-NORM_COLUMNS = ("norm_embedding", "norm_hidden", "norm_output")
-CURVE_COLUMNS = ("step", "tokens", "lr", "train_loss", "val_loss", "grad_norm", *NORM_COLUMNS)
+NORM_COLUMNS = LOGS["norms"]
+CURVE_COLUMNS = ("step", "tokens", "lr", "train_loss", "val_loss", "grad_norm", *NORM_COLUMNS, *LOGS["features"])
 STATE = "state.safetensors"
 ORPHAN_SECONDS = 60.0  # how long the workers of a killed sweep may take to notice and to save; a step that is being compiled is longest
 
@@ -310,14 +310,15 @@ class Store:
         (self.node_folder(node) / STATE).unlink(missing_ok=True)
 
     def curve_to(self, node: Node) -> pd.DataFrame:
-        """The curve of all steps up to a state, gathered along its ancestors."""
+        """The curve of a run that ends with a state, gathered along its ancestors: all that was logged of it, of them what was due."""
         chunks = []
         while node is not None:
             meta = self.node_meta(node)
             if meta is None:
                 raise Damaged(f"{self.node_folder(node)} is missing though later states stand on it; drop them with "
                               "`etastar runs gc --states`")
-            chunks.append(read_parquet(read_whole(self.node_folder(node) / "chunk.parquet", meta["files"]["chunk.parquet"])))
+            chunk = read_parquet(read_whole(self.node_folder(node) / "chunk.parquet", meta["files"]["chunk.parquet"]))
+            chunks.append(passed(chunk, Observe.from_meta(meta)) if chunks else chunk)
             node = Node(node.trunk, *meta["parent"]) if meta["parent"] else None
         return pd.concat(chunks[::-1], ignore_index=True)
 
@@ -374,18 +375,6 @@ class Store:
                 replace_folder(folder, aside / folder.name)
                 done.append(f"set aside {folder.name}: {error}")
         return done
-
-
-def parquet(frame: pd.DataFrame) -> bytes:
-    """A table as the bytes of a parquet file."""
-    buffer = io.BytesIO()
-    frame.to_parquet(buffer, index=False)
-    return buffer.getvalue()
-
-
-def read_parquet(data: bytes) -> pd.DataFrame:
-    """The table in the bytes of a parquet file."""
-    return pd.read_parquet(io.BytesIO(data))
 
 
 def _opened(lock: Path):

@@ -43,7 +43,7 @@ def choose(recipe: Recipe, tokens: int, workers: int) -> Choice:
     """
     ways = eager_ways(recipe)
     rows = _timed(ways, tokens, workers)
-    if rows.seconds.iloc[0] > COMPILE_SECONDS:
+    if recipe.model.mixture is None and rows.seconds.iloc[0] > COMPILE_SECONDS:
         compiled = _with(recipe, recipe.execution.micro_batch_sequences, True)
         ways.append((compiled, 1))
         rows = pd.concat([rows, _timed(ways[-1:], tokens, workers)], ignore_index=True)
@@ -54,8 +54,12 @@ def choose(recipe: Recipe, tokens: int, workers: int) -> Choice:
 
 
 def eager_ways(recipe: Recipe) -> list[tuple[Recipe, int]]:
-    """(recipe, slots) to be timed, the plain one first: stacks of the whole batch, and the batch in parts."""
-    sizes = [size for tokens in PART_TOKENS if (size := _part(recipe, tokens)) is not None]
+    """(recipe, slots) to be timed, the plain one first: stacks of the whole batch, and the batch in parts.
+
+    Not in parts where experts are balanced: the load of a part is not that of the batch, and another loss would be trained.
+    """
+    whole = recipe.model.mixture is not None and recipe.model.mixture.balance > 0
+    sizes = [] if whole else [size for tokens in PART_TOKENS if (size := _part(recipe, tokens)) is not None]
     return [(recipe, slots) for slots in STACKS] + [(_with(recipe, size, False), 1) for size in sorted(set(sizes))]
 
 

@@ -20,17 +20,21 @@ import numpy as np
 
 from etastar.engine import run as runs
 from etastar.engine.checkpoint import split_state, state_tensors, tensor_bytes
+from etastar.engine.curve import with_logged
+from etastar.engine.feature_log import slot_features
 from etastar.engine.layout import verified
 from etastar.engine.norm_log import slot_norms
 from etastar.engine.plan import Node, controls, prefix_hash
 from etastar.engine.slots import SlotStack, stack_key
 from etastar.engine.store import Store
-from etastar.observe import Observe
+from etastar.observe import LOGS, Observe
 from etastar.optim.adamw import turns
 from etastar.recipe import Recipe
 from etastar.text.corpora import prepare
 
 POLL_SECONDS = 0.4  # how long a worker trains between looks at its input
+
+SLOT_LOGS = {"norms": slot_norms, "features": slot_features}
 
 
 @dataclasses.dataclass
@@ -63,15 +67,16 @@ class Job:
         self.beta2_turns = frozenset(turns(task.recipe.beta2()))
         self.saved = task.parent
         self.step = self.saved_step = task.parent.step if task.parent else 0
-        self.losses, self.norms, self.val_loss, self.weight_norms = [], [], {}, {}
-        self.last_norms: list[float] | None = None  # of the weights as they were last looked at
+        self.losses, self.norms, self.val_loss = [], [], {}
+        self.logged: dict[int, dict[str, float]] = {}  # by step, then by column
         self.saved_at = time.monotonic()
 
     def frame(self):
         """The curve since `saved`."""
         losses, norms = (np.concatenate([np.empty(0, np.float32), *parts]) for parts in (self.losses, self.norms))
-        return runs.curve_frame(self.task.recipe, self.saved_step, self.lr[self.saved_step : self.saved_step + len(losses)],
-                                losses, norms, self.val_loss, self.weight_norms)
+        frame = runs.curve_frame(self.task.recipe, self.saved_step, self.lr[self.saved_step : self.saved_step + len(losses)],
+                                 losses, norms, self.val_loss)
+        return with_logged(frame, self.logged)
 
     def here(self) -> Node:
         """The node of the state after `step` steps."""
@@ -81,8 +86,8 @@ class Job:
 class Worker:
     """The slots of one process. `take(wait)` gives tasks (None: stop); `report(body)` tells what happened.
 
-    `clock` holds the seconds spent: compiling (first steps of a compiled stack), training, validating, norms (of the weights), loading,
-    writing, waiting.
+    `clock` holds the seconds spent: compiling (first steps of a compiled stack), training, validating, norms and features (what is
+    logged), loading, writing, waiting.
     """
 
     def __init__(self, store: Store, observe: Observe, snapshot_seconds: float = 60.0):
@@ -140,7 +145,6 @@ class Worker:
                 self.stack.load(slot, task.recipe, split_state(self.store.node_state(task.parent)) if task.parent else None)
             self.jobs[slot] = Job(task)
             if task.parent == task.node:  # the state was there already, only its run has to be written
-                self._log_norms([(slot, self.jobs[slot])])
                 self._look(slot, self.jobs[slot], report)
 
     def _advance(self, report) -> None:
@@ -161,7 +165,7 @@ class Worker:
             job.step += steps
             if job.step in job.beta2_turns:
                 self.stack.set_beta2(slot, job.step)
-        self._log_norms(busy)
+        self._log(busy)
         for slot, job in busy:
             self._look(slot, job, report)
         report({"steps": steps * len(busy), "tokens": sum(steps * job.task.recipe.batch_tokens for _, job in busy)})
@@ -171,24 +175,23 @@ class Worker:
         ahead = range(job.step + 1, min(job.task.node.step, job.step + self.chunk_steps) + 1)
         due = (step for step in ahead if step == job.task.node.step or step in job.beta2_turns
                or self.observe.val_due(step, batch_tokens) or self.observe.window_due(step, batch_tokens)
-               or self.observe.norms_due(step, batch_tokens))
+               or any(self.observe.log_due(log, step, batch_tokens) for log in self.observe.logs))
         return next(due, self.chunk_steps + job.step) - job.step
 
-    def _log_norms(self, held: list[tuple[int, Job]]) -> None:
-        """The norms of the weights of slots for which they are due, all at once, and of those whose runs end here."""
-        if self.observe.norms_every_tokens is None:
-            return
-        due = {slot: job.step > job.saved_step and self.observe.norms_due(job.step, job.task.recipe.batch_tokens) for slot, job in held}
-        wanted = [(slot, job) for slot, job in held
-                  if (due[slot] or (job.step == job.task.node.step and job.task.ends)) and self.stack.is_alive(slot)]
-        if not wanted:
-            return
-        with self._clocked("norms"):
-            found = slot_norms(self.stack, [slot for slot, _ in wanted])
-        for (slot, job), norms in zip(wanted, found, strict=True):
-            job.last_norms = norms
-            if due[slot]:  # a run's end alone is in its own curve, and not in that of the runs that go on
-                job.weight_norms[job.step] = norms
+    def _log(self, held: list[tuple[int, Job]], stored: bool = False) -> None:
+        """Log what is due of slots, of each log all slots at once, and all logs of states that are `stored` or end their segment.
+
+        So the last row of a stored stretch has all logs, for the run that may end there; `engine.curve.passed` takes them from the others.
+        """
+        for log in self.observe.logs:
+            wanted = [(slot, job) for slot, job in held if self.stack.is_alive(slot) and LOGS[log][0] not in job.logged.get(job.step, {})
+                      and (stored or job.step == job.task.node.step
+                           or self.observe.log_due(log, job.step, job.task.recipe.batch_tokens))]
+            if wanted:
+                with self._clocked(log):
+                    found = SLOT_LOGS[log](self.stack, [slot for slot, _ in wanted])
+                for (_, job), numbers in zip(wanted, found, strict=True):
+                    job.logged.setdefault(job.step, {}).update(zip(LOGS[log], numbers, strict=True))
 
     def _look(self, slot: int, job: Job, report) -> None:
         """Validate, save, finish or give up a slot after a stretch of training."""
@@ -225,7 +228,7 @@ class Worker:
             self._write_node(job, task.node, frame, state, "end", diverged_at)
         for recipe in task.ends:
             runs.write_run(self.store, recipe, task.node, self.observe, self.stack.tokens.vocab, model, validation,
-                           averages={} if state is None else state[1], weight_norms=job.last_norms)
+                           averages={} if state is None else state[1])
         if job.saved != task.parent:
             self.store.drop_state(job.saved)
         self.stack.clear(slot)
@@ -233,12 +236,13 @@ class Worker:
         report({"node": task.node.id, "trunk": task.node.trunk, "diverged": diverged})
 
     def _snapshot(self, slot: int, job: Job) -> None:
+        self._log([(slot, job)], stored=True)
         node = job.here()
         self._write_node(job, node, job.frame(), self.stack.state(slot), "snapshot", None)
         if job.saved != job.task.parent:
             self.store.drop_state(job.saved)
         job.saved, job.saved_step, job.saved_at = node, job.step, time.monotonic()
-        job.losses, job.norms, job.val_loss, job.weight_norms = [], [], {}, {}
+        job.losses, job.norms, job.val_loss, job.logged = [], [], {}, {}
 
     def _write_node(self, job, node, frame, state, kind, diverged_at) -> None:
         meta = {"kind": kind, "parent": [job.saved.step, job.saved.prefix] if job.saved else None,

@@ -1,6 +1,7 @@
 """The decoder on a stack of runs: every tensor has a leading slot axis M, and a slot's bits never depend on M.
 
-Granite-shaped: RMSNorm, rotary positions, SwiGLU, grouped-query attention, tied or untied head, four multipliers.
+Granite-shaped: RMSNorm, rotary positions, SwiGLU or a mixture of such experts, grouped-query attention, tied or untied head, four
+multipliers.
 """
 
 import functools
@@ -10,14 +11,15 @@ import math
 import torch
 import torch.nn.functional as F
 
-from etastar.model.functions import Attention, Gate, Linear, Normalize, Surprise, Turn
-from etastar.model.parametrization import ParameterNumbers, Scalars, numbers, scalars
-from etastar.recipe import SP, Model, MuP, UnitNorm
+from etastar.model.functions import Attention, Linear, Normalize, NormalizeFirst, Surprise, Turn, fused_elsewhere, gated
+from etastar.model.mixture import Layer, Routed, auxiliary, mixed
+from etastar.model.parametrization import ParameterNumbers, Parametrization, Scalars, numbers, scalars
+from etastar.recipe import Model
 
 Params = dict[str, torch.Tensor]
 
 
-def init_parameters(model: Model, vocab: int, parametrization: SP | MuP | UnitNorm, seed: int) -> Params:
+def init_parameters(model: Model, vocab: int, parametrization: Parametrization, seed: int) -> Params:
     """Initial fp32 parameters of one run; each drawn from its own stream, keyed by its name and the seed.
 
     A longer, wider or deeper model shifts no other parameter's stream.
@@ -64,34 +66,55 @@ def loss(params: Params, tokens_MxBxT1: torch.Tensor, model: Model, by: Scalars)
     return _surprise(params, tokens_MxBxT1, model, by)[0]
 
 
-def _surprise(params: Params, tokens_MxBxT1: torch.Tensor, model: Model, by: Scalars) -> tuple[torch.Tensor, torch.Tensor]:
-    x_MxNxD = _blocks(params, tokens_MxBxT1[..., :-1], model, by)
-    return Surprise.apply(x_MxNxD, _head(params, model, by), tokens_MxBxT1[..., 1:].flatten(1))
+def objective(params: Params, tokens_MxBxT1: torch.Tensor, model: Model, by: Scalars,
+              z_loss: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is trained and what is told of it, (M,) each: the second is the mean cross-entropy in nats per predicted token, the first that
+    and z_loss · mean (log Z)² of the logits and a mixture's balance and router z losses, which are of these tokens (of a micro-batch,
+    where a batch goes in parts)."""
+    trained_M, each_MxN, routed = _surprise(params, tokens_MxBxT1, model, by, z_loss)
+    told_M = each_MxN.mean(1) if z_loss else trained_M
+    return trained_M + auxiliary(routed, model.mixture) if routed else trained_M, told_M
+
+
+def _surprise(params: Params, tokens_MxBxT1: torch.Tensor, model: Model, by: Scalars,
+              z_loss: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, list[Routed]]:
+    x_MxNxD, routed = _blocks(params, tokens_MxBxT1[..., :-1], model, by)
+    return *Surprise.apply(x_MxNxD, _head(params, model, by), tokens_MxBxT1[..., 1:].flatten(1), z_loss), routed
 
 
 def logits(params: Params, tokens_MxBxT: torch.Tensor, model: Model, by: Scalars) -> torch.Tensor:
     """Logits (M, B, T, V) of tokens (M, B, T) int64."""
-    out_MxNxV = Linear.apply(_blocks(params, tokens_MxBxT, model, by), _head(params, model, by))
+    out_MxNxV = Linear.apply(_blocks(params, tokens_MxBxT, model, by)[0], _head(params, model, by))
     return out_MxNxV.view(*tokens_MxBxT.shape, -1)
 
 
-def _blocks(params: Params, tokens_MxBxT: torch.Tensor, model: Model, by: Scalars) -> torch.Tensor:
-    """The residual stream after all blocks, normalized, without the last gain: (M, N, D) with N = B · T."""
+def _blocks(params: Params, tokens_MxBxT: torch.Tensor, model: Model, by: Scalars) -> tuple[torch.Tensor, list[Routed]]:
+    """The residual stream after all blocks, normalized, without the last gain: (M, N, D) with N = B · T; how each mixture dealt it out."""
     x_MxNxD = _embed(tokens_MxBxT.flatten(1), params["embedding"])
     if by.embedding != 1.0:
         x_MxNxD = x_MxNxD * by.embedding
+    routed = []
     for i in range(model.depth):
-        qkv, attention_out, gate_up, mlp_out = (params[f"layers.{i}.{name}"] for name in _MATRICES)
-        attention_norm, mlp_norm = (params.get(f"layers.{i}.{name}") for name in ("attention_norm", "mlp_norm"))
-        h_MxNxC = _of_heads(_gained(x_MxNxD, attention_norm, qkv, model), model)
+        layer = {name: params.get(f"layers.{i}.{name}") for name in _LAYER}
+        h_MxNxC = _of_heads(_gained(x_MxNxD, layer["attention_norm"], layer["qkv"], model), model)
         h_MxNxD = _inner(_mix(h_MxNxC, model, by, tokens_MxBxT.shape), model)
-        x_MxNxD = torch.add(x_MxNxD, Linear.apply(h_MxNxD, attention_out), alpha=by.residual)
-        h_MxNxF = _inner(_gate(_gained(x_MxNxD, mlp_norm, gate_up, model)), model)
-        x_MxNxD = torch.add(x_MxNxD, Linear.apply(h_MxNxF, mlp_out), alpha=by.residual)
-    return Normalize.apply(x_MxNxD, model.norm_eps)
+        x_MxNxD = torch.add(x_MxNxD, Linear.apply(h_MxNxD, layer["attention_out"]), alpha=by.residual)
+        if model.mixture is None:
+            change_MxNxD = _mlp(x_MxNxD, layer, model)
+        else:
+            change_MxNxD, dealt = mixed(x_MxNxD, layer, model)
+            routed.append(dealt)
+        x_MxNxD = torch.add(x_MxNxD, change_MxNxD, alpha=by.residual)
+    return Normalize.apply(x_MxNxD, model.norm_eps), routed
 
 
-_MATRICES = ("qkv", "attention_out", "gate_up", "mlp_out")
+_LAYER = ("attention_norm", "qkv", "attention_out", "mlp_norm", "gate_up", "mlp_out", "router", "experts_gate_up", "experts_out")
+
+
+def _mlp(x_MxNxD: torch.Tensor, layer: Layer, model: Model) -> torch.Tensor:
+    """SwiGLU of the normalized stream: (M, N, D)."""
+    h_MxNxF = _inner(gated(_gained(x_MxNxD, layer["mlp_norm"], layer["gate_up"], model)), model)
+    return Linear.apply(h_MxNxF, layer["mlp_out"])
 
 
 def _gained(x_MxNxD, gain_MxD, w_MxOxD, model: Model) -> torch.Tensor:
@@ -105,11 +128,13 @@ def _inner(h_MxNxF, model: Model) -> torch.Tensor:
 
 
 def _of_heads(qkv_MxNxC, model: Model) -> torch.Tensor:
-    """Queries, keys and values, each head's normalized where everything is."""
-    if model.normalization == "pre":
+    """Queries, keys and values, each head's normalized where everything is, or the first two."""
+    if model.normalization == "pre" and not model.qk_norm:
         return qkv_MxNxC
     heads_MxNxAxH = qkv_MxNxC.view(*qkv_MxNxC.shape[:2], -1, model.head_dim)
-    return Normalize.apply(heads_MxNxAxH, model.norm_eps).view(qkv_MxNxC.shape)
+    if model.normalization == "everywhere":
+        return Normalize.apply(heads_MxNxAxH, model.norm_eps).view(qkv_MxNxC.shape)
+    return NormalizeFirst.apply(heads_MxNxAxH, model.heads + model.resolved_kv_heads, model.norm_eps).view(qkv_MxNxC.shape)
 
 
 def _head(params: Params, model: Model, by: Scalars) -> torch.Tensor:
@@ -121,24 +146,12 @@ def _head(params: Params, model: Model, by: Scalars) -> torch.Tensor:
     return table_MxVxD * gain_MxD[:, None]
 
 
-def _gate(x_MxNxG: torch.Tensor) -> torch.Tensor:
-    if _fused_elsewhere(x_MxNxG):
-        gate, up = x_MxNxG.chunk(2, dim=-1)
-        return F.silu(gate) * up
-    return Gate.apply(x_MxNxG)
-
-
-def _fused_elsewhere(x: torch.Tensor) -> bool:
-    """Whether the device or the compiler has better than what is written by hand for a CPU."""
-    return x.device.type != "cpu" or torch.compiler.is_compiling()
-
-
 def _mix(qkv_MxNxC, model: Model, by: Scalars, shape) -> torch.Tensor:
     """Causal attention; slots and sequences share one axis, so that each pair is on its own."""
     slots, batch, length = shape
     sequences, device = slots * batch, qkv_MxNxC.device
     own_keys = model.resolved_kv_heads == model.heads
-    if own_keys and length <= HAND_CONTEXT and qkv_MxNxC.dtype == torch.float32 and not _fused_elsewhere(qkv_MxNxC):
+    if own_keys and length <= HAND_CONTEXT and qkv_MxNxC.dtype == torch.float32 and not fused_elsewhere(qkv_MxNxC):
         x_SxTx3xAxH = qkv_MxNxC.view(sequences, length, 3, model.heads, model.head_dim)
         mixed_SxTxAxH = Attention.apply(x_SxTx3xAxH, *_angles(length, model, device), by.attention)
         return mixed_SxTxAxH.view(slots, batch * length, model.width)
@@ -188,7 +201,7 @@ def _rotary_tables(length: int, model: Model, device) -> tuple[torch.Tensor, tor
 class Decoder(torch.nn.Module):
     """One trained model for anybody's use: tokens (B, T) int64 to logits (B, T, V)."""
 
-    def __init__(self, model: Model, vocab: int, parametrization: SP | MuP | UnitNorm, params: Params | None = None, seed: int = 0):
+    def __init__(self, model: Model, vocab: int, parametrization: Parametrization, params: Params | None = None, seed: int = 0):
         super().__init__()
         self.model, self.vocab, self.scalars = model, vocab, scalars(parametrization, model)
         params = params or init_parameters(model, vocab, parametrization, seed)

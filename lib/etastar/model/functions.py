@@ -63,6 +63,39 @@ class Normalize(Function):
         return torch.addcmul(grad_MxNxD, y_MxNxD, along_MxNx1, value=-1).mul_(scale_MxNx1), None
 
 
+class NormalizeFirst(Function):
+    """x (M, N, heads, H) with the first heads each over its root mean square and the others as they are."""
+
+    @staticmethod
+    def forward(ctx, x_MxNxAxH, first, eps):
+        scale_MxNxAx1 = x_MxNxAxH.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        scale_MxNxAx1[:, :, first:] = 1
+        y_MxNxAxH, ctx.first = x_MxNxAxH * scale_MxNxAx1, first
+        ctx.save_for_backward(y_MxNxAxH, scale_MxNxAx1)
+        return y_MxNxAxH
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_MxNxAxH):
+        y_MxNxAxH, scale_MxNxAx1 = ctx.saved_tensors
+        along_MxNxAx1 = (grad_MxNxAxH * y_MxNxAxH).mean(-1, keepdim=True)
+        along_MxNxAx1[:, :, ctx.first:] = 0
+        return torch.addcmul(grad_MxNxAxH, y_MxNxAxH, along_MxNxAx1, value=-1).mul_(scale_MxNxAx1), None, None
+
+
+def gated(x_MxNxG: torch.Tensor) -> torch.Tensor:
+    """silu(gate) · up of x = gate | up (…, 2F): (…, F)."""
+    if fused_elsewhere(x_MxNxG):
+        gate, up = x_MxNxG.chunk(2, dim=-1)
+        return F.silu(gate) * up
+    return Gate.apply(x_MxNxG)
+
+
+def fused_elsewhere(x: torch.Tensor) -> bool:
+    """Whether the device or the compiler has better than what is written by hand for a CPU."""
+    return x.device.type != "cpu" or torch.compiler.is_compiling()
+
+
 class Gate(Function):
     """silu(gate) · up of x = gate | up (M, N, 2F): SwiGLU's elementwise part (arXiv 2002.05202), (M, N, F)."""
 
@@ -176,19 +209,24 @@ class Turn(Function):
 class Surprise(Function):
     """Mean cross-entropy in nats of each slot (M,), and each target's (M, N), of targets (M, N) under logits x wᵀ.
 
-    x is (M, N, D) and w (M, V, D). The gradient is made on the way forward, some rows at a time, so that logits and
-    probabilities are never in memory as a whole and no exponential is taken twice. Only the mean can be differentiated.
+    x is (M, N, D) and w (M, V, D). `z_loss` times the mean of (log Z)², Z = Σ exp logits, is in the first (arXiv 2204.02311 §5) and never
+    in the second. The gradient, p (1 + 2 z_loss log Z) less the target, is made on the way forward, some rows at a time, so that logits
+    and probabilities are never in memory as a whole and no exponential is taken twice. Only the mean can be differentiated.
     """
 
     @staticmethod
-    def forward(ctx, x_MxNxD, w_MxVxD, targets_MxN):
+    def forward(ctx, x_MxNxD, w_MxVxD, targets_MxN, z_loss=0.0):
         wanted = any(ctx.needs_input_grad)
-        losses, to_x, to_w_MxDxV = [], [], None
+        losses, squares, to_x, to_w_MxDxV = [], [], [], None
         for x_MxRxD, target_MxR in zip(*(t.split(_rows_at_once(x_MxNxD), 1) for t in (x_MxNxD, targets_MxN)), strict=True):
             logits_MxRxV, target_MxRx1 = product(x_MxRxD, w_MxVxD.mT), target_MxR[..., None]
             p_MxRxV = F.softmax(logits_MxRxV, dim=-1, dtype=torch.float32)
             away_MxR = logits_MxRxV.amax(-1).float() - logits_MxRxV.gather(-1, target_MxRx1)[..., 0].float()
             losses.append(away_MxR - p_MxRxV.amax(-1).log())  # the largest probability is 1 / Σ exp(logit − largest logit)
+            if z_loss:
+                log_z_MxR = logits_MxRxV.amax(-1).float() - p_MxRxV.amax(-1).log()
+                squares.append(log_z_MxR.square())
+                p_MxRxV.mul_((1 + 2 * z_loss * log_z_MxR)[..., None])
             if wanted:
                 p_MxRxV.scatter_add_(-1, target_MxRx1, torch.full_like(away_MxR, -1.0)[..., None])
                 slope_MxRxV = p_MxRxV.to(logits_MxRxV.dtype)
@@ -197,14 +235,15 @@ class Surprise(Function):
         loss_MxN = torch.cat(losses, 1)
         ctx.save_for_backward(*((torch.cat(to_x, 1), to_w_MxDxV) if wanted else ()))
         ctx.mark_non_differentiable(loss_MxN)
-        return loss_MxN.mean(1), loss_MxN
+        mean_M = loss_MxN.mean(1)
+        return mean_M + z_loss * torch.cat(squares, 1).mean(1) if z_loss else mean_M, loss_MxN
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_M, _):
         to_x_MxNxD, to_w_MxDxV = ctx.saved_tensors
         grad_Mx1x1 = grad_M[:, None, None] / to_x_MxNxD.shape[1]
-        return to_x_MxNxD * grad_Mx1x1, (to_w_MxDxV * grad_Mx1x1).mT, None
+        return to_x_MxNxD * grad_Mx1x1, (to_w_MxDxV * grad_Mx1x1).mT, None, None
 
 
 LOSS_ROWS = 512

@@ -19,7 +19,7 @@ from etastar.model.decoder import Decoder
 
 ROLES = ("embedding", "hidden", "output")
 HEADS = {"lm_head", "head", "output", "unembed", "unembedding", "embed_out"}
-PARTS = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
+PARTS = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up"), "experts_gate_up": ("gate", "up")}
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -118,7 +118,7 @@ def role_by_name(name: str) -> str | None:
 def _parts(name: str, rows: int, columns: int) -> list[tuple[str, slice]]:
     """The matrices in one of our parameters: queries are square, and keys and values share what rows are left."""
     last = re.split(r"[./]", name)[-1]
-    first = {"qkv": columns, "gate_up": rows // 2}.get(last, rows)
+    first = {"qkv": columns, "gate_up": rows // 2, "experts_gate_up": rows // 2}.get(last, rows)
     parts = PARTS.get(last, ("",))
     if first == rows or (rows - first) % (len(parts) - 1):
         return [("", slice(0, rows))]

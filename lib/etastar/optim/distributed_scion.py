@@ -30,8 +30,9 @@ def scion_groups(module: nn.Module, rules: Mapping[str, str] | None = None, opti
                  splits: Mapping[str, tuple[int, ...]] | None = None) -> list[dict]:
     """Parameter groups of a module for `ScionOptimizer`, one for each role, with names.
 
-    Roles: "hidden" (matrices: polar factor), "embedding" and "output" (a row a token: by its RMS, by its length), "embedding_sign" and
-    "output_sign" (signs instead), "norm" (vectors: by their RMS). `rules` gives a role to each parameter whose name a regular
+    Roles: "hidden" (matrices, or several side by side as (experts, out, in): polar factor of each), "embedding" and "output" (a row a
+    token: by its RMS, by its length), "embedding_sign" and "output_sign" (signs instead), "norm" (vectors: by their RMS). A mixture's
+    experts are hidden and its router is output. `rules` gives a role to each parameter whose name a regular
     expression is found in, the first that fits. Else nn.Embedding is embedding, nn.Linear hidden but output where it is the last and is
     called head, lm_head or output, biases and parameters of normalizations norm, and our Decoder knows its own. A table that two
     layers share comes once, under its first name. `options` are those of `ScionOptimizer` by role. `splits`, also by regular
@@ -71,7 +72,7 @@ def _own_roles(module: nn.Module) -> dict[str, tuple[str, tuple[int, ...]]]:
         dot = f"{prefix}." if prefix else ""
         if isinstance(inner, Decoder):
             names = {key: key.replace("/", ".") for key in inner.weights}
-            found |= {f"{dot}weights.{key}": (role_of(name), fused_rows(name, inner.model)) for key, name in names.items()}
+            found |= {f"{dot}weights.{key}": (lmo.LIKE.get(r := role_of(n), r), fused_rows(n, inner.model)) for key, n in names.items()}
         elif isinstance(inner, (nn.Linear, nn.Embedding)):
             head = prefix in last and prefix.split(".")[-1] in HEADS
             role = "embedding" if isinstance(inner, nn.Embedding) else "output" if head else "hidden"
@@ -164,7 +165,7 @@ def _check_group(group: dict, process_group) -> None:
     if role not in ROLES:
         raise ValueError(f"a group of Scion needs a role, one of {', '.join(ROLES)}; got {role!r}: make groups with scion_groups(module)")
     if wrong := [f"{name} {tuple(p.shape)}" for name, p in zip(names, group["params"], strict=True)
-                 if (p.ndim > 1 if role == "norm" else p.ndim != 2)]:
+                 if not (p.ndim < 2 if role == "norm" else p.ndim == 2 or (p.ndim == 3 and role == "hidden"))]:
         raise ValueError(f'role "{role}" is for {"vectors" if role == "norm" else "matrices"} and cannot take {", ".join(wrong)}; '
                          "name another role for them in the rules")
     if not 0 < radius < math.inf or not 0 < momentum <= 1:
@@ -173,8 +174,8 @@ def _check_group(group: dict, process_group) -> None:
         raise ValueError(f"Scion needs lr and weight_decay ≥ 0 and newton_schulz_steps ≥ 1; got lr={group['lr']}, weight_decay="
                          f'{group["weight_decay"]}, newton_schulz_steps={group["newton_schulz_steps"]} for "{role}"')
     for name, p in zip(names, group["params"], strict=True):
-        if rows and (min(rows) < 1 or sum(rows) != p.shape[0]):
-            raise ValueError(f"{name} has {p.shape[0]} rows, which are not split by {tuple(rows)}; give row counts that sum to them")
+        if rows and (min(rows) < 1 or sum(rows) != p.shape[-2]):
+            raise ValueError(f"{name} has {p.shape[-2]} rows, which are not split by {tuple(rows)}; give row counts that sum to them")
         _home(p, process_group, name)
 
 
@@ -299,8 +300,8 @@ class _Matrix:
 
     def rows(self, rank: int, ranks: int) -> slice:
         """Which of the rows that a rank holds of the parameter are of this matrix; rows are dealt out as torch.chunk does it."""
-        each = -(-self.parameter.shape[0] // ranks)
-        start, stop = (min((rank + more) * each, self.parameter.shape[0]) for more in (0, 1))
+        dealt, inner = self.parameter.shape[0], math.prod(self.parameter.shape[1:-1])
+        start, stop = (inner * min((rank + more) * -(-dealt // ranks), dealt) for more in (0, 1))
         first = min(max(self.first, start), stop)
         return slice(first - start, max(first, min(self.first + self.shape[0], stop)) - start)
 
@@ -314,20 +315,20 @@ class _Matrices:
 
     def add(self, p: torch.Tensor, group: dict) -> None:
         first = 0
-        for rows in group["matrix_rows"] or p.shape[:1]:
-            self.matrices.append(_Matrix(p, group, first, (rows, p.shape[1])))
+        for rows in (group["matrix_rows"] or p.shape[-2:-1]) * math.prod(p.shape[:-2]):
+            self.matrices.append(_Matrix(p, group, first, (rows, p.shape[-1])))
             first += rows
 
     def apply(self, averages: dict) -> None:
         self.owned = self.owned or _deal([matrix.cost for matrix in self.matrices], self.wire.ranks)
         rows = [matrix.rows(*self.holds) for matrix in self.matrices]
-        held = [(averages[matrix.parameter] if matrix.parameter in averages else torch.zeros_like(_local(matrix.parameter)))[mine]
+        held = [(averages[p] if (p := matrix.parameter) in averages else torch.zeros_like(_local(p))).reshape(-1, matrix.shape[1])[mine]
                 for matrix, mine in zip(self.matrices, rows, strict=True)]
         polar = self._directions(held)
         for place, (matrix, mine) in enumerate(zip(self.matrices, rows, strict=True)):
             if matrix.parameter in averages:
                 length = _length(matrix.group) * math.sqrt(matrix.shape[0] / matrix.shape[1])
-                _local(matrix.parameter)[mine].add_(polar[place], alpha=-length)
+                _local(matrix.parameter).view(-1, matrix.shape[1])[mine].add_(polar[place], alpha=-length)
 
     def _directions(self, held: list[torch.Tensor]) -> dict[int, torch.Tensor]:
         """The polar factors, or the rows of them that this rank holds, by place among the matrices."""

@@ -34,6 +34,7 @@ def vector(g_xD: torch.Tensor) -> torch.Tensor:
 
 
 ROW_RULES = {"embedding": embedding_rows, "embedding_sign": torch.sign, "output": head_rows, "output_sign": signs, "norm": vector}
+LIKE = {"expert": "hidden", "router": "output"}  # the parts of a mixture have the rules, and radii, of these
 
 
 def spectral(g_OxI: torch.Tensor, steps: int = NEWTON_SCHULZ_STEPS, dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -10,12 +10,13 @@ from collections import defaultdict
 import torch
 
 from etastar.model.parametrization import ParameterNumbers
+from etastar.model.shapes import matrices_in
 from etastar.optim import lmo
 from etastar.optim.stacked import Flat, StackedOptimizer
 from etastar.recipe import Scion
 
 ROLES = ("embedding", "hidden", "output", "norm")
-Matrix = tuple[str, slice]  # a parameter and the rows of it that are one matrix
+Matrix = tuple[str, tuple]  # a parameter and the index in it of one matrix
 
 
 def _numbers(options, lr_M, multipliers, decays):
@@ -29,15 +30,19 @@ def _numbers(options, lr_M, multipliers, decays):
 
 
 def by_shape(table: dict[str, ParameterNumbers]) -> dict[tuple[int, int], list[Matrix]]:
-    """The hidden matrices by (shorter, longer) side; a fused parameter holds several."""
+    """The hidden matrices by (shorter, longer) side; a fused parameter holds several, and one of experts those of each."""
     found = defaultdict(list)
     for name, row in table.items():
-        if row.role == "hidden":
-            first = 0
-            for rows in row.rows or row.shape[:1]:
-                found[tuple(sorted((rows, row.shape[1])))].append((name, slice(first, first + rows)))
-                first += rows
+        if rule_of(row) == "hidden":
+            for place in matrices_in(row.shape, row.rows):
+                rows = place[-1].stop - place[-1].start
+                found[tuple(sorted((rows, row.shape[-1])))].append((name, place))
     return dict(found)
+
+
+def rule_of(row: ParameterNumbers) -> str:
+    """Which of the `ROLES` a parameter's rule and radius are those of."""
+    return lmo.LIKE.get(row.role, row.role)
 
 
 class StackedScion(StackedOptimizer):
@@ -49,9 +54,10 @@ class StackedScion(StackedOptimizer):
 
     def __init__(self, flat: Flat, compiled: bool = False):
         super().__init__(flat, compiled)
-        if unknown := {name: row.role for name, row in flat.table.items() if row.role not in ROLES}:
-            raise ValueError(f"Scion has no rule for the layers {unknown}; it knows the roles {', '.join(ROLES)}")
-        if flawed := {name: row.shape for name, row in flat.table.items() if row.role != "norm" and len(row.shape) != 2}:
+        if unknown := {name: row.role for name, row in flat.table.items() if rule_of(row) not in ROLES}:
+            raise ValueError(f"Scion has no rule for the layers {unknown}; it knows the roles {', '.join((*ROLES, *lmo.LIKE))}")
+        axes = {"norm": 1, "expert": 3}
+        if flawed := {name: row.shape for name, row in flat.table.items() if len(row.shape) != axes.get(row.role, 2)}:
             raise ValueError(f"a rule for matrices was given what is none: {flawed}; give vectors the role norm")
         self.m_MxP, self.rules, self.shapes = flat.like(), None, by_shape(flat.table)
 
@@ -67,12 +73,12 @@ class StackedScion(StackedOptimizer):
         direction_MxP = torch.zeros_like(grad_MxP)
         given, made = self.flat.views(grad_MxP), self.flat.views(direction_MxP)
         for name, row in self.flat.table.items():
-            if row.role != "hidden":
-                torch.mul(self._of_rows(row.role, given[name]), _at(radii[row.role], given[name]), out=made[name])
+            if (role := rule_of(row)) != "hidden":
+                torch.mul(self._of_rows(role, given[name]), _at(radii[role], given[name]), out=made[name])
         for matrices in self.shapes.values():
-            wide_MxNxAxB = torch.stack([_wide(given[name][:, rows]) for name, rows in matrices], 1)
-            for (name, rows), polar_MxAxB in zip(matrices, self._polar(wide_MxNxAxB).unbind(1), strict=True):
-                target = made[name][:, rows]
+            wide_MxNxAxB = torch.stack([_wide(given[name][:, *place]) for name, place in matrices], 1)
+            for (name, place), polar_MxAxB in zip(matrices, self._polar(wide_MxNxAxB).unbind(1), strict=True):
+                target = made[name][:, *place]
                 polar = polar_MxAxB if target.shape == polar_MxAxB.shape else polar_MxAxB.mT
                 torch.mul(polar, _at(radii["hidden"], target) * self._scale(*target.shape[1:]), out=target)
         return direction_MxP

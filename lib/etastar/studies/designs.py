@@ -69,9 +69,9 @@ class Design:
 
     def recipe(self, schedule, peak_lr: float, horizon_tokens: int, seed: int, **changes) -> Recipe:
         """One run of the design; `changes` are other fields of its recipe."""
-        own = {"model": self.model, "batch_tokens": self.batch_tokens, "optimizer": self.optimizer}
+        own = {"model": self.model, "batch_tokens": self.batch_tokens, "optimizer": self.optimizer, "parametrization": self.parametrization}
         return Recipe(corpus=self.corpus, schedule=schedule, peak_lr=peak_lr, horizon_tokens=horizon_tokens, seed=seed,
-                      parametrization=self.parametrization, execution=self.execution, **(own | changes))
+                      execution=self.execution, **(own | changes))
 
     def resolve(self, effect_nats: float, sd_nats: float | None = None) -> dict:
         """Seeds that resolve an effect in nats with 80 % power and the minutes they take, at a deviation measured or the pilot's."""
