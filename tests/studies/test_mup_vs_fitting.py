@@ -20,6 +20,15 @@ PLAN = MUP_VS_FITTING["cpu"]
 BEST = -6.4  # log2 rate of the base at the widths' horizon
 
 
+ALL = dataclasses.replace(PLAN, decay_times=(3.0,), decay_width=64, grain_width=32)  # what two cores leave to the night
+
+
+@pytest.fixture
+def every_part(monkeypatch):
+    """The cpu preset with decay and granularity."""
+    monkeypatch.setitem(MUP_VS_FITTING, "all", ALL)
+
+
 @dataclasses.dataclass
 class Run(FakeRun):
     curve = pd.DataFrame()
@@ -90,12 +99,12 @@ def test_at_the_base_mup_and_sp_are_one_model_and_it_is_trained_once():
     assert numbers(mup, base[0].model, 257) == numbers(PLAN.parametrization, base[0].model, 257)
 
 
-def test_known_drifts_come_back():
-    m = study.measure(World(-0.7, 0.1, sp_depth=-0.3, completep_depth=0.05, experts=-0.25, finer=0.6, coupled=0.3).runs())
+def test_known_drifts_come_back(every_part):
+    m = study.measure(World(-0.7, 0.1, sp_depth=-0.3, completep_depth=0.05, experts=-0.25, finer=0.6, coupled=0.3, preset="all").runs())
     found = {name: c.per_seed.mean() for name, c in m.contrasts.items()}
-    assert found["mup: drift over width"] == pytest.approx(3 * 0.1, abs=0.08)
-    assert found["sp: drift over width"] == pytest.approx(3 * -0.7, abs=0.08)
-    assert found["sp − mup: drift over width"] == pytest.approx(3 * -0.8, abs=0.1)
+    assert found["mup: drift over width"] == pytest.approx(2 * 0.1, abs=0.06)
+    assert found["sp: drift over width"] == pytest.approx(2 * -0.7, abs=0.06)
+    assert found["sp − mup: drift over width"] == pytest.approx(2 * -0.8, abs=0.08)
     assert found["mixture, mup: drift over width"] == pytest.approx(2 * 0.1, abs=0.15)
     assert found["completep: drift over depth"] == pytest.approx(2 * 0.05, abs=0.15)
     assert found["sp: drift over depth"] == pytest.approx(2 * -0.3, abs=0.15)
@@ -104,12 +113,13 @@ def test_known_drifts_come_back():
     assert found["coupled − independent"] == pytest.approx(0.3, abs=0.15)
 
 
-def test_what_holds_in_the_world_is_reproduced_and_what_does_not_is_not():
-    board = live(study, study.measure(World().runs()))
+def test_what_holds_in_the_world_is_reproduced_and_what_does_not_is_not(every_part):
+    board = live(study, study.measure(World(preset="all").runs()))
     assert board.verdict["mup_lr_constant_over_width"] == board.verdict["sp_lr_drifts_over_width"] == "reproduced"
     assert board.verdict["decay_must_be_independent"] == board.verdict["completep_lr_constant_over_depth"] == "reproduced"
     assert board.verdict["fitting_predicts_lr"] == board.verdict["transfer_predicts_lr"] == "reproduced"
-    other = live(study, study.measure(World(mup_width=-0.25, sp_width=-0.25, coupled=0.0, completep_depth=0.35, skew=0.0).runs()))
+    moved = World(mup_width=-0.45, sp_width=-0.45, coupled=0.0, completep_depth=0.4, skew=0.0, preset="all")
+    other = live(study, study.measure(moved.runs()))
     assert other.verdict["mup_lr_constant_over_width"] == "differs at this scale"
     assert other.verdict["completep_lr_constant_over_depth"] == "differs at this scale"
     assert "reproduced" not in set(other.verdict[["sp_lr_drifts_over_width", "decay_must_be_independent", "transfer_predicts_lr"]])
@@ -125,18 +135,18 @@ def test_exponents_of_a_known_world_come_back_and_do_not_count_over_a_short_rang
 
 
 def test_predictions_are_exact_in_a_world_of_power_laws_and_miss_where_it_bends():
-    exact = study.measure(World().runs(noise=0.0)).tables["methods"].set_index("method")
+    exact = study.measure(World(skew=0.0).runs(noise=0.0)).tables["methods"].set_index("method")
     assert exact.octaves[TRANSFERRED] == pytest.approx(0.0, abs=0.02) and exact.regret[TRANSFERRED] == pytest.approx(0.0, abs=1e-4)
     assert abs(exact.octaves[FITTED]) < 0.35  # width is not quite a power of the parameters, tables being part of them
     assert exact.octaves["transferred, no horizon rule"] == pytest.approx(2 * 0.35, abs=0.02)
     kept = exact.octaves["base's rate kept, SP"]
     assert kept == pytest.approx(2 * 0.35 + 2 * 0.8, abs=0.02) and exact.regret["base's rate kept, SP"] > 0.1
-    bent = study.measure(World(bend=0.1).runs(noise=0.0)).tables["methods"].set_index("method")
+    bent = study.measure(World(bend=0.1, skew=0.0).runs(noise=0.0)).tables["methods"].set_index("method")
     assert bent.octaves[TRANSFERRED] == pytest.approx(-0.6, abs=0.05)  # 0.1 (x² at 3 octaves) less the line through 0 and 1
 
 
 def test_a_parametrization_that_costs_is_told_from_a_prediction_that_misses():
-    m = study.measure(World(mup_cost=0.02).runs(noise=0.0005))
+    m = study.measure(World(mup_cost=0.02, skew=0.0).runs(noise=0.0005))
     means = {name: m.contrasts[name].per_seed.mean() for name in ("fitted − transferred", "sp − mup, both tuned",
                                                                    "fitted − transferred: regret")}
     assert means["sp − mup, both tuned"] == pytest.approx(-0.02, abs=0.001)

@@ -14,7 +14,7 @@ import pandas as pd
 
 from etastar.analysis.search_factor import fit_horizon_law, fit_parabola
 from etastar.studies.measured import Contrast
-from etastar.studies.mup_vs_fitting_grids import Bowls, Grid
+from etastar.studies.mup_vs_fitting_grids import Bowls, Grid, joint_valley
 
 LEAST_PARAMS = 8  # times the proxy's
 LEAST_TOKENS = 4  # times the proxy's
@@ -49,20 +49,16 @@ class Proxies:
         """Whether there are two sizes, and the base is among them."""
         return self.cells.params.nunique() >= 2 and len(self.of_base) > 0
 
-    def vertex(self, cell, seeds) -> float:
-        """Mean log2 best rate of a cell over some seeds."""
-        own = self.bowls.vertices(cell.arm, cell.horizon_tokens)
-        return float(own[own.index.isin(seeds)].mean())
+    def rows(self, cells: pd.DataFrame) -> pd.DataFrame:
+        """The runs of some cells."""
+        return pd.concat([self.bowls.rows[cell.arm, cell.horizon_tokens] for cell in cells.itertuples()])
 
     def law(self, params: float, tokens: float, seeds) -> float:
-        """Log2 η* by the power law in parameters and tokens through the proxies' vertices (eq. 6's form, exponents ours)."""
-        log = np.log2(self.cells[["params", "horizon_tokens"]].to_numpy(float))
-        ahead = np.log2([params, tokens]) - log.mean(0)
-        use = np.ptp(log, axis=0) > 0  # one horizon alone tells nothing of tokens
-        design = np.column_stack([np.ones(len(log)), (log - log.mean(0))[:, use]])
-        y = [self.vertex(cell, seeds) for cell in self.cells.itertuples()]
-        solution = np.linalg.lstsq(design, np.array(y), rcond=None)[0]
-        return float(solution[0] + ahead[use] @ solution[1:])
+        """Log2 η* by the power law in parameters and tokens, one valley through the proxies (eq. 6's form, exponents ours)."""
+        axes = [axis for axis in ("params", "horizon_tokens") if self.cells[axis].nunique() > 1]  # one horizon tells nothing of tokens
+        valley = joint_valley(self.rows(self.cells), axes, seeds)
+        at = {"params": params, "horizon_tokens": tokens}
+        return math.log2(float(valley.predict({axis: [at[axis]] for axis in axes})[0]))
 
     def by_losses(self, params: float, tokens: float, seeds) -> float:
         """Log2 η* by eq. 4: the loss at each rate extrapolated over the tokens, a parabola, then a power law in parameters; NaN where
@@ -84,24 +80,30 @@ class Proxies:
         slope, at_one = np.polyfit(*np.array(ends).T, 1)
         return float(at_one + slope * math.log2(params))
 
+    def anchor(self, seeds) -> tuple[float, float, float]:
+        """(log2 best rate, parameters, tokens) of the largest proxy at its longest horizon, from all its horizons in one valley."""
+        last = self.cells.sort_values(["params", "horizon_tokens"]).iloc[-1]
+        own = self.cells[self.cells.arm == last.arm]
+        return self._of_one(own, float(last.horizon_tokens), seeds), float(last.params), float(last.horizon_tokens)
+
+    def _of_one(self, cells: pd.DataFrame, tokens: float, seeds) -> float:
+        """Log2 best rate of one size at some tokens: by its horizons' valley, or where there is one horizon by its bowl."""
+        if cells.horizon_tokens.nunique() > 1:
+            return math.log2(float(joint_valley(self.rows(cells), ["horizon_tokens"], seeds).predict({"horizon_tokens": [tokens]})[0]))
+        own = self.bowls.vertices(cells.arm.iloc[0], cells.horizon_tokens.iloc[0])
+        return float(own[own.index.isin(seeds)].mean())
+
     def published(self, params: float, tokens: float, seeds) -> float:
         """Log2 η* by the published exponents from the largest proxy at its longest horizon."""
-        last = self.cells.sort_values(["params", "horizon_tokens"]).iloc[-1]
-        return (self.vertex(last, seeds) + FITTING["params"] * math.log2(params / last.params)
-                + FITTING["tokens"] * math.log2(tokens / last.horizon_tokens))
-
-    def horizon_exponent(self, seeds) -> float:
-        """Exponent of the base's best rate in tokens; 0 for a single horizon."""
-        own = self.of_base
-        if own.horizon_tokens.nunique() < 2:
-            return 0.0
-        return float(np.polyfit(np.log2(own.horizon_tokens.to_numpy(float)), [self.vertex(c, seeds) for c in own.itertuples()], 1)[0])
+        at, size, longest = self.anchor(seeds)
+        return at + FITTING["params"] * math.log2(params / size) + FITTING["tokens"] * math.log2(tokens / longest)
 
     def transferred(self, tokens: float, seeds, exponent: float | None = None) -> float:
-        """Log2 η* of the base carried to the target's tokens by an exponent, the base's own where none is given."""
-        last = self.of_base.iloc[-1]
-        exponent = self.horizon_exponent(seeds) if exponent is None else exponent
-        return self.vertex(last, seeds) + exponent * math.log2(tokens / last.horizon_tokens)
+        """Log2 η* of the base at the target's tokens: by its own horizons' valley, or from the longest by an exponent."""
+        longest = float(self.of_base.horizon_tokens.max())
+        if exponent is None:
+            return self._of_one(self.of_base, tokens, seeds)
+        return self._of_one(self.of_base, longest, seeds) + exponent * math.log2(tokens / longest)
 
     def paid(self, seeds) -> list:
         """As many of the seeds as transfer's search FLOPs pay for a fitting search with, one at least."""

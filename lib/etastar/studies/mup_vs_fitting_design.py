@@ -56,10 +56,11 @@ class TransferDesign(Design):
     pilot seeds found, log2 rate `centre` for the base at `width_tokens`, moving by the `..._slope`s per octave; `rate_count` of them.
     `proxy_widths` run at `proxy_tokens`, the base also at `horizons`; `widths` at `width_tokens`; `target_width` at `target_tokens` and
     half of them. Mixtures have `experts` and `experts_per_token`, their expert a share of the MLP that keeps the active size. Depths,
-    decay and mixtures have `some_count` seeds and `some_rates`, the target `target_count` and `target_rates` (None: all).
+    decay and mixtures have `some_count` seeds and `some_rates`, the target `target_count` and `target_rates`
+    (None: all); of four rates a skewed bowl is taken for a parabola, which at `rate_step` 0.75 is off by some 0.002 nats at its bottom.
     """
 
-    first_seed: int = 9000
+    first_seed: int = 9100
     sd_nats: float = 0.01
     slope_nats: float = 0.25
     exponent_sd: float = 0.12
@@ -272,10 +273,10 @@ MUP_VS_FITTING = {
         proxy_tokens=(2**12, 2**13), width_tokens=2**13, widths=(32,), target_width=32, mixture_widths=(32,), minutes=1.0,
     ),
     "cpu": TransferDesign(
-        model=NANO, corpus=BYTES, batch_tokens=128, horizon_steps=2048, warmup_steps=12, seed_count=4, centre=-6.5,
-        proxy_widths=(8, 16), proxy_tokens=(2**15, 2**16), horizons=(2**15, 2**16, 2**17, 2**18), width_tokens=2**15,
-        widths=(32, 64), target_width=64, target_count=3, target_rates=4, mixture_widths=(64,), mixture_experts=(16,), grain_width=32,
-        depths=(8,), decay_times=(3.0,), decay_width=64, minutes=8.0,
+        model=NANO, corpus=BYTES, batch_tokens=128, horizon_steps=2048, warmup_steps=12, seed_count=4, centre=-6.6,
+        proxy_widths=(8, 16), proxy_tokens=(2**15, 2**16), horizons=(2**15, 2**16, 2**18), width_tokens=2**15,
+        widths=(32, 64), target_width=64, target_count=3, target_rates=4, mixture_widths=(64,), mixture_experts=(16,), depths=(8,),
+        minutes=10.0,
     ),
     "night": TransferDesign(
         model=dataclasses.replace(NANO, width=16), corpus=BYTES, batch_tokens=256, horizon_steps=16_384, warmup_steps=12, seed_count=4,

@@ -8,12 +8,14 @@ import numpy as np
 import pandas as pd
 
 from etastar.analysis.bowl import Bowl
+from etastar.analysis.valley import Valley, fit_valley
 from etastar.model.shapes import count_parameters, flops_per_token
 from etastar.recipe import SP, AdamW, CompleteP, Recipe
 from etastar.schedules import Power
 from etastar.studies import measured as common
 from etastar.studies.measured import LEAST_STEPS, Contrast, Measurements
 from etastar.studies.mup_vs_fitting_design import ALPHAS, GROUPS
+from etastar.studies.power_law_measures import LEAST_FOR_SKEW
 
 
 def scaling_of(recipe: Recipe) -> str:
@@ -122,6 +124,21 @@ class Grid:
         return int(last.width), int(last.horizon_tokens)
 
 
+def joint_valley(rows: pd.DataFrame, axes: list[str], seeds=None) -> Valley:
+    """One valley through the bowls of some cells, told apart by `axes`, over the seeds that all have (of `seeds` alone, if given).
+
+    A skew is fitted where the rates leave enough to tell it. Raises ValueError as `fit_valley` does, and for cells without a common seed.
+    """
+    cells = [common.with_bowl(own) for _, own in rows.groupby(axes)]
+    shared = set.intersection(*(set(own.seed) for own in cells)) & (set(rows.seed) if seeds is None else set(seeds))
+    if not shared or seeds is None and len(shared) < 2:
+        raise ValueError(f"cells by {', '.join(axes)} share {len(shared)} seeds; a valley needs two, or those it is asked for")
+    table = pd.concat([own[own.seed.isin(shared)] for own in cells])
+    skew = sum(own.peak_lr.nunique() - 1 for own in cells) >= LEAST_FOR_SKEW
+    return fit_valley({axis: table[axis].to_numpy(float) for axis in axes}, table.peak_lr, table.loss,
+                      table.seed if len(shared) > 1 else None, skew=skew)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Bowls:
     """The bowls of all cells, by arm and horizon."""
@@ -155,15 +172,20 @@ class Bowls:
         return loss + max(0.0, float(slope * (log2_lr - inside)))
 
     def drift(self, arm: str, than: str, horizon_tokens: int, family: str = "drift") -> Contrast | None:
-        """Log2 best rate of an arm − of another, by seed; None where either has no bowl or they share fewer than two seeds."""
-        pair = (arm, horizon_tokens), (than, horizon_tokens)
+        """Log2 best rate of an arm − of another, by seed, of one valley through both cells, which shares the shape of their bowls.
+
+        None where either has no bowl or they share fewer than two seeds.
+        """
+        pair = (than, horizon_tokens), (arm, horizon_tokens)
         if not all(cell in self.by_cell for cell in pair):
             return None
-        difference = common.minus(self.vertices(*pair[0]), self.vertices(*pair[1]))
-        if len(difference) < 2:
+        rows = pd.concat([self.rows[cell].assign(side=2.0**i) for i, cell in enumerate(pair)])
+        try:
+            valley = joint_valley(rows, ["side"])
+        except ValueError:  # fewer than two seeds in both
             return None
-        spread = math.hypot(*(self.by_cell[cell].window_sd for cell in pair))
-        return Contrast(difference.to_numpy(), "octaves", family, horizon_tokens, self.short(*pair), spread)
+        octaves = np.array([exponent for (exponent,) in valley.exponents_per_seed])
+        return Contrast(octaves, "octaves", family, horizon_tokens, self.short(*pair))
 
     def short(self, *cells) -> str:
         """Why cells are too small to count: "" where they are not."""
