@@ -5,6 +5,8 @@ import pytest
 import etastar as es
 from etastar.values import canonical_json
 
+MIXTURE = es.Model(width=64, depth=2, head_dim=32, context=64, tied=False, mixture=es.Mixture(experts=4, experts_per_token=2))
+
 
 def recipe(**changes):
     given = dict(model=es.Model(width=64, depth=2, head_dim=32, context=64), corpus=es.Corpus("synthetic", vocab=1024),
@@ -32,7 +34,8 @@ def test_defaults_are_not_in_the_json_so_that_a_new_field_orphans_no_store():
     dict(corpus=es.Corpus("synthetic", vocab=512)), dict(schedule=es.Constant()), dict(parametrization=es.SP(init_std=0.1)),
     dict(execution=es.Execution(micro_batch_sequences=8)), dict(execution=es.Execution(compiled=True)), dict(batch_tokens=2048),
     dict(execution=es.Execution(precision="bf16")), dict(model=es.Model(width=64, depth=3, head_dim=32, context=64)),
-    dict(beta2_changes=((2**19, 0.99),)),
+    dict(beta2_changes=((2**19, 0.99),)), dict(z_loss=1e-4), dict(model=MIXTURE), dict(parametrization=es.MuP(base_width=32)),
+    dict(parametrization=es.CompleteP(base_width=32, base_depth=2)),
 ], ids=lambda c: next(iter(c)))
 def test_whatever_decides_the_bits_is_in_the_id(change):
     assert recipe(**change).run_id != recipe().run_id
@@ -88,6 +91,16 @@ def test_beta2_is_an_array_like_the_rate():
     (lambda: recipe(beta2_changes=((1024, float("nan")),)), r"beta2 must lie in \[0, 1\); got nan"),
     (lambda: recipe(beta2_changes=((1024, 0.99),), optimizer=es.ScheduleFreeAdamW()),
      r"beta2_changes \(\(1024, 0.99\),\) are for the optimizer AdamW; got ScheduleFreeAdamW: leave them out"),
+    (lambda: recipe(parametrization=es.MuP(base_width=48)), "width 64 is not a whole multiple of base_width 48, .* take a width of 48 or"),
+    (lambda: recipe(parametrization=es.CompleteP(base_width=32, base_depth=4)), "depth 2 is below base_depth 4; take a base_depth of at"),
+    (lambda: es.CompleteP(base_width=32), "CompleteP is a rule of depth and needs the depth it starts from: give base_depth"),
+    (lambda: es.CompleteP(base_width=32, base_depth=2, alpha=1.5), r"alpha in \[0, 1\]; got .*alpha=1.5"),
+    (lambda: es.Mixture(experts=4, experts_per_token=5), "a token cannot go through 5 of 4 experts: take 1 ≤ experts_per_token ≤ experts"),
+    (lambda: es.Mixture(experts=4, experts_per_token=2, balance=-0.1), "balance and router_z ≥ 0; got -0.1"),
+    (lambda: recipe(model=MIXTURE, parametrization=es.UnitNorm()), "UnitNorm has no rule for routers and experts"),
+    (lambda: recipe(model=MIXTURE, execution=es.Execution(compiled=True)), r"set Execution\(compiled=False\)"),
+    (lambda: es.Model(width=64, depth=2, head_dim=32, normalization="everywhere", qk_norm=True), "leave qk_norm out"),
+    (lambda: recipe(z_loss=-1e-4), "z_loss must not be negative; got -0.0001"),
     (lambda: es.AdamW(beta2=1.0), r"AdamW.beta2 must lie in \[0, 1\); got 1.0"),
     (lambda: es.Corpus("wikipedia"), "unknown corpus 'wikipedia'; known"),
     (lambda: es.Recipe.from_json(recipe().to_json().replace('"peak_lr"', '"peak_rl"')), "unknown key 'peak_rl' for Recipe"),
