@@ -19,7 +19,7 @@ from etastar.model.shapes import flops_per_token
 from etastar.tune import Plan, Question, make_plan, tune
 from etastar.tune import carry_out as steps
 from etastar.tune.answer import answer, extrapolated, law_lines
-from etastar.tune.plan import LEAST_DRIFT, SCOUT_LOG2, SCOUT_SEED, VERTEX_SD
+from etastar.tune.plan import LEAST_DRIFT, SCOUT_LOG2, SCOUT_SEED, VERTEX_SD, _widths
 from etastar.tune.question import Ladder
 
 CORPUS = es.Corpus("synthetic", vocab=512)
@@ -115,6 +115,13 @@ def test_under_mup_small_runs_have_the_parametrization_and_its_base_width():
     assert plan.scouts()[0].parametrization == es.MuP(base_width=plan.ladders[0].width, init_std=0.1)
     named = make_plan(dataclasses.replace(mup, base_width=256), 1200.0, EPOCH, seconds_of)
     assert named.scouts()[0].parametrization == es.MuP(base_width=256, init_std=0.1)
+
+
+def test_under_mup_small_widths_are_whole_parts_of_the_asked_one():
+    mup = dataclasses.replace(ASKED, parametrization="mup", model=dataclasses.replace(ASKED.model, width=768))
+    assert [widths[0] for widths in _widths(mup)] == [768, 64, 128, 256]  # 512 is none, though it has whole heads
+    assert [widths[0] for widths in _widths(dataclasses.replace(mup, base_width=192))] == [768, 64]
+    assert (512, 1024) not in _widths(mup) and any(512 in widths for widths in _widths(dataclasses.replace(mup, parametrization="sp")))
 
 
 def test_small_batches_that_are_named_are_taken():

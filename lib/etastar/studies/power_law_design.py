@@ -170,7 +170,7 @@ POWER_LAWS = {
     "paper": PowerLawDesign(
         model=PAPER, corpus=Corpus("files:data/slimpajama/*.jsonl", vocab=50_304), batch_tokens=2**19, horizon_steps=2**15,
         warmup_steps=100, seed_count=3, centre=-7.0, offsets=(-2.0, -1.0, 0.0, 1.0, 2.0), middle_tokens=2**32,
-        width_tokens=2**31, knob_tokens=2**32, parametrization=MuP(base_width=256, init_std=0.02),
+        width_tokens=2**31, knob_tokens=2**32, parametrization=MuP(base_width=384, init_std=0.02),
         batches=((2**16, (-10.0, -9.0, -8.0, -7.0)), (2**17, (-9.0, -8.0, -7.0, -6.0)), (2**18, (-8.0, -7.0, -6.0, -5.0)),
                  (2**20, (-7.0, -6.0, -5.0, -4.0)), (2**21, (-6.0, -5.0, -4.0, -3.0))),
         widths=((128, (-9.0, -8.0, -7.0, -6.0)), (768, (-9.0, -8.0, -7.0, -6.0))), one_setting_batches=(2**17, 2**21),

@@ -215,11 +215,15 @@ def _designs(question: Question, epoch_tokens: int):
 
 
 def _widths(question: Question) -> list[tuple[int, ...]]:
-    """The asked width; narrower ones, alone where μP is trusted with the width, else with one of twice the width."""
+    """The asked width; narrower ones, alone where μP is trusted with the width, else with one of twice the width.
+
+    Under μP a narrower one divides the asked width, and the base or is divided by it: other ratios no recipe has.
+    """
     width, head = question.model.width, question.model.head_dim
     narrow = [w for k in range(width.bit_length()) if (w := LEAST_HEADS * head * 2**k) < width and _has_heads(question, w)]
     if question.parametrization == "mup":
-        return [(width,), *((w,) for w in narrow)]
+        others = [width] + [question.base_width] * (question.base_width is not None)
+        return [(width,), *((w,) for w in narrow if all(max(w, other) % min(w, other) == 0 for other in others))]
     return [(width,), *((w, 2 * w) for w in narrow if 2 * w == width or 2 * w in narrow)]
 
 
