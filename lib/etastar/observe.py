@@ -57,10 +57,6 @@ class Observe:
     def _log_every(self, log: str) -> int | None:
         return {"norms": self.norms_every_tokens, "features": self.features_every_tokens}[log]
 
-    def norms_due(self, step: int, batch_tokens: int) -> bool:
-        """Whether the norms of the weights after `step` steps are to be logged."""
-        return self.log_due("norms", step, batch_tokens)
-
     def window_due(self, step: int, batch_tokens: int) -> bool:
         """Whether a window of the weights' average ends after `step` steps."""
         return _passes(step, batch_tokens, self.average_every_tokens)

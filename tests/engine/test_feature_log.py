@@ -20,7 +20,7 @@ from etastar.model.parametrization import numbers, scalars
 from etastar.model.shapes import parameter_shapes, role_of
 from etastar.observe import LOGS, Observe
 from etastar.text.corpora import prepare
-from tiny import BATCH, CORPUS, MODEL, recipe, trained_alone, wsd
+from tiny import BATCH, CORPUS, MODEL, counted, interrupted_after, recipe, trained_alone, wsd
 
 FAST = dict(progress=False, backend="inline")
 OBSERVE = es.Observe(features_every_tokens=5 * BATCH)
@@ -148,19 +148,9 @@ def test_branches_log_what_straight_runs_do_and_each_its_own_end(layout, straigh
     assert logged(runs[0], LOGS["norms"]).index.tolist() == [4, 8, 12, 16, 20, 22]
 
 
-def test_an_interrupted_run_goes_on_with_what_it_logged(straight, tmp_path, monkeypatch):
-    train = SlotStack.train
-
-    def interrupted(stack_, lr_MxS):
-        told = train(stack_, lr_MxS)
-        if stack_.step_M[0] >= 12:
-            raise KeyboardInterrupt
-        return told
-
-    monkeypatch.setattr(SlotStack, "train", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+def test_an_interrupted_run_goes_on_with_what_it_logged(straight, tmp_path):
+    with interrupted_after(12):
         es.run([BRANCH], store=tmp_path, observe=BOTH, snapshot_seconds=0.0, **FAST)
-    monkeypatch.setattr(SlotStack, "train", train)
     at = max(meta["step"] for meta in Store(tmp_path).stored_nodes(BRANCH.trunk_id, BOTH).values())
     stopped = es.run([recipe(at)], store=tmp_path, observe=BOTH, **FAST)[0]  # ends with a snapshot: not a step is left
     assert_same_curve(stopped, straight(recipe(at)))
@@ -177,8 +167,7 @@ def test_a_run_beside_a_sweep_and_those_after_it_tell_what_straight_ones_do(stra
 
 
 def test_a_run_that_was_not_logged_so_is_trained_again_and_only_then(tmp_path, monkeypatch):
-    steps, train = [], SlotStack.train
-    monkeypatch.setattr(SlotStack, "train", lambda s, lr_MxS: (steps.append(lr_MxS.shape[1]), train(s, lr_MxS))[1])
+    steps = counted(monkeypatch)
     for observe, trained in ((Observe(), 13), (OBSERVE, 26), (OBSERVE, 26), (Observe(), 26), (BOTH, 39), (OBSERVE, 39),
                              (es.Observe(features_every_tokens=4 * BATCH), 52)):
         (run,) = es.run([recipe(13)], store=tmp_path, observe=observe, **FAST)

@@ -14,16 +14,17 @@ import etastar as es
 from etastar.engine.norm_log import slot_norms, weight_norms
 from etastar.engine.run import find_run
 from etastar.engine.slots import SlotStack
-from etastar.engine.store import NORM_COLUMNS, Store, parquet, read_parquet
+from etastar.engine.store import Store, parquet, read_parquet
 from etastar.model.decoder import init_parameters, stack, unstack
 from etastar.model.norms import operator_norms
+from etastar.observe import LOGS
 from etastar.text.corpora import prepare
-from tiny import BATCH, CORPUS, recipe, trained_alone, wsd
+from tiny import BATCH, CORPUS, counted, interrupted_after, recipe, trained_alone, wsd
 
 FAST = dict(progress=False, backend="inline")
 OBSERVE = es.Observe(norms_every_tokens=5 * BATCH)
 TRUNK, BRANCH = recipe(22), recipe(22, schedule=wsd(9))
-COLUMNS = list(NORM_COLUMNS)
+COLUMNS = list(LOGS["norms"])
 
 
 def expected(decoder) -> list[float]:
@@ -81,19 +82,9 @@ def test_branches_log_what_straight_runs_do_and_each_its_own_end(layout, straigh
     assert logged(runs[0]).index.tolist() == [5, 10, 15, 20, 22] and logged(runs[2]).index.tolist() == [5, 8]
 
 
-def test_an_interrupted_run_goes_on_with_what_it_logged(straight, tmp_path, monkeypatch):
-    train = SlotStack.train
-
-    def interrupted(stack_, lr_MxS):
-        told = train(stack_, lr_MxS)
-        if stack_.step_M[0] >= 12:
-            raise KeyboardInterrupt
-        return told
-
-    monkeypatch.setattr(SlotStack, "train", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+def test_an_interrupted_run_goes_on_with_what_it_logged(straight, tmp_path):
+    with interrupted_after(12):
         es.run([BRANCH], store=tmp_path, observe=OBSERVE, snapshot_seconds=0.0, **FAST)
-    monkeypatch.setattr(SlotStack, "train", train)
     (run,) = es.run([BRANCH], store=tmp_path, observe=OBSERVE, snapshot_seconds=0.0, **FAST)
     assert_same_curve(run, straight(BRANCH))
 
@@ -107,8 +98,7 @@ def test_a_run_that_ends_where_a_state_was_stored_has_its_last_norms(straight, t
 
 
 def test_a_run_that_was_not_logged_so_is_trained_again_and_only_then(tmp_path, monkeypatch):
-    steps, train = [], SlotStack.train
-    monkeypatch.setattr(SlotStack, "train", lambda s, lr_MxS: (steps.append(lr_MxS.shape[1]), train(s, lr_MxS))[1])
+    steps = counted(monkeypatch)
     for observe, trained in ((es.Observe(), 13), (OBSERVE, 26), (OBSERVE, 26), (es.Observe(), 26),
                              (es.Observe(norms_every_tokens=4 * BATCH), 39)):
         (run,) = es.run([recipe(13)], store=tmp_path, observe=observe, **FAST)
@@ -179,7 +169,7 @@ def test_a_stack_worked_out_at_once_and_in_parts_is_that_of_each_run(monkeypatch
 def test_norms_are_due_as_other_cadences_are_and_part_of_what_is_covered():
     with pytest.raises(ValueError, match="norms_every_tokens must be at least 1; got 0"):
         es.Observe(norms_every_tokens=0)
-    assert [step for step in range(1, 13) if OBSERVE.norms_due(step, 2 * BATCH)] == [3, 5, 8, 10]
+    assert [step for step in range(1, 13) if OBSERVE.log_due("norms", step, 2 * BATCH)] == [3, 5, 8, 10]
     assert OBSERVE.covers(es.Observe()) and OBSERVE.covers(OBSERVE) and not es.Observe().covers(OBSERVE)
     assert not es.Observe(norms_every_tokens=BATCH).covers(OBSERVE)
     assert es.Observe.from_meta({"kind": "end", "val_every_tokens": 7}).norms_every_tokens is None

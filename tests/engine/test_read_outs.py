@@ -13,7 +13,7 @@ from etastar.engine.slots import SlotStack
 from etastar.engine.store import Damaged, Store
 from etastar.optim.averaging import ema_decay
 from etastar.text.corpora import prepare
-from tiny import BATCH, CORPUS, recipe, trained_alone, wsd
+from tiny import BATCH, CORPUS, counted, interrupted_after, recipe, trained_alone, wsd
 
 FAST = dict(progress=False, backend="inline")
 OBSERVE = es.Observe(ema_horizon_tokens=(3 * BATCH, 20 * BATCH), average_every_tokens=5 * BATCH)
@@ -127,28 +127,12 @@ def test_a_finished_trunk_is_branched_with_its_averages_and_without_training_it_
 
 
 def test_an_interrupted_run_goes_on_with_its_averages(straight, tmp_path, monkeypatch):
-    train = SlotStack.train
-
-    def interrupted(stack, lr_MxS):
-        told = train(stack, lr_MxS)
-        if stack.step_M[0] >= 17:
-            raise KeyboardInterrupt
-        return told
-
-    monkeypatch.setattr(SlotStack, "train", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_after(17):
         es.run([BRANCH], store=tmp_path, observe=OBSERVE, snapshot_seconds=0.0, **FAST)
-    monkeypatch.setattr(SlotStack, "train", train)
     steps = counted(monkeypatch)
     (run,) = es.run([BRANCH], store=tmp_path, observe=OBSERVE, snapshot_seconds=0.0, **FAST)
     assert_same_read_outs(run, straight(BRANCH))
     assert sum(steps) < 30
-
-
-def counted(monkeypatch):
-    steps, train = [], SlotStack.train
-    monkeypatch.setattr(SlotStack, "train", lambda stack, lr_MxS: (steps.append(lr_MxS.shape[1]), train(stack, lr_MxS))[1])
-    return steps
 
 
 def test_a_run_observed_otherwise_is_replayed_with_the_same_bits_and_only_then(straight, tmp_path, monkeypatch):

@@ -1,6 +1,12 @@
 """The smallest recipes that still have two layers, several heads and something to learn."""
 
+import contextlib
+from unittest import mock
+
+import pytest
+
 from etastar.engine.execute import run
+from etastar.engine.slots import SlotStack
 from etastar.recipe import AdamW, Corpus, Model, Recipe
 from etastar.schedules import WSD, Constant
 
@@ -29,3 +35,25 @@ def trained_alone(root, **options):
         return done[r.run_id]
 
     return alone
+
+
+@contextlib.contextmanager
+def interrupted_after(steps: int):
+    """As if Ctrl-C came once the first slot has trained so many steps; what is run within must be stopped by it."""
+    train = SlotStack.train
+
+    def stopping(stack, lr_MxS):
+        told = train(stack, lr_MxS)
+        if stack.step_M[0] >= steps:
+            raise KeyboardInterrupt
+        return told
+
+    with mock.patch.object(SlotStack, "train", stopping), pytest.raises(KeyboardInterrupt):
+        yield
+
+
+def counted(monkeypatch) -> list[int]:
+    """How many steps each stretch has that stacks train from now on."""
+    steps, train = [], SlotStack.train
+    monkeypatch.setattr(SlotStack, "train", lambda stack, lr_MxS: (steps.append(lr_MxS.shape[1]), train(stack, lr_MxS))[1])
+    return steps

@@ -17,12 +17,6 @@ JUDGED = {"wsd20_matches_cos10", "cooldown_20_passes_cos10", "plateau_after_20",
           "swa_short_of_cooldown", "swa_short_of_cos10", "cosine_averaged_gains", "averaging_after_cooldown_hurts"}
 
 
-@pytest.fixture
-def nowhere(monkeypatch, tmp_path):
-    monkeypatch.setenv("ETASTAR_MIRROR", str(tmp_path / "mirror"))
-    monkeypatch.setenv("ETASTAR_CACHE", str(tmp_path / "cache"))
-
-
 @pytest.fixture(scope="module")
 def logs(skip_if_not_fetched):
     with skip_if_not_fetched():

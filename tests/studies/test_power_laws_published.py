@@ -42,12 +42,6 @@ def judged(runs, *claims):
     return [published._judge(known[claim], grids) for claim in claims]
 
 
-@pytest.fixture
-def nowhere(monkeypatch, tmp_path):
-    monkeypatch.setenv("ETASTAR_MIRROR", str(tmp_path / "mirror"))
-    monkeypatch.setenv("ETASTAR_CACHE", str(tmp_path / "cache"))
-
-
 def test_without_the_grids_every_claim_they_speak_of_is_untested_and_told_how_to_test(nowhere):
     found = {f.claim.id: f for f in published.published_findings()}
     assert set(found) == JUDGED

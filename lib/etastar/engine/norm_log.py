@@ -32,7 +32,7 @@ def _of_rows(stack, rows: slice) -> list[list[float]]:
 
 @torch.no_grad()
 def weight_norms(params: Params, model: Model) -> torch.Tensor:
-    """(M, 3) float64 of stacked parameters, as engine.store.NORM_COLUMNS: 1→RMS of the token table, the largest RMS→RMS of a hidden
+    """(M, 3) float64 of stacked parameters, as observe.LOGS["norms"]: 1→RMS of the token table, the largest RMS→RMS of a hidden
     matrix, RMS→∞ of the head, which is the token table where these are tied."""
     table_MxVxD, head_MxVxD = params["embedding"], params["embedding" if model.tied else "head"]
     hidden_M = torch.stack(list(_largest(params, model))).amax(0)

@@ -29,15 +29,14 @@ from typing import TypeVar
 import pandas as pd
 
 from etastar.engine.checkpoint import Damaged, check_size, read_json, read_whole, tensors_of, write_json, write_whole
-from etastar.engine.curve import parquet, passed, read_parquet
+from etastar.engine.curve import LOGGED_COLUMNS, parquet, passed, read_parquet
 from etastar.engine.folders import ALONE, TOGETHER, is_alive, lock_at_once, replace_folder, wait_for_lock
 from etastar.engine.plan import Node
-from etastar.observe import LOGS, Observe
+from etastar.observe import Observe
 from etastar.recipe import Recipe
 from etastar.values import canonical_json
 
-NORM_COLUMNS = LOGS["norms"]
-CURVE_COLUMNS = ("step", "tokens", "lr", "train_loss", "val_loss", "grad_norm", *NORM_COLUMNS, *LOGS["features"])
+CURVE_COLUMNS = ("step", "tokens", "lr", "train_loss", "val_loss", "grad_norm", *LOGGED_COLUMNS)
 STATE = "state.safetensors"
 ORPHAN_SECONDS = 60.0  # how long the workers of a killed sweep may take to notice and to save; a step that is being compiled is longest
 

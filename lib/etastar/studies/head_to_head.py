@@ -13,13 +13,12 @@ import numpy as np
 import pandas as pd
 
 from etastar.analysis.search_factor import fit_horizon_law, fit_parabola
+from etastar.analysis.size_horizon import published_exponents
 from etastar.studies.measured import Contrast
 from etastar.studies.mup_vs_fitting_grids import Bowls, Grid, joint_valley
 
 LEAST_PARAMS = 8  # times the proxy's
 LEAST_TOKENS = 4  # times the proxy's
-FITTING = {"params": -0.2219, "tokens": -0.3509}  # arXiv 2601.05049 eq. 6, as ratios only
-HORIZON = -0.32  # arXiv 2409.19913
 FITTED, TRANSFERRED, KEPT, BY_LOSSES = "fitted", "transferred", "base's rate kept, SP", "fitted by losses (eq. 4)"
 
 
@@ -64,8 +63,8 @@ class Proxies:
         """Log2 η* by eq. 4: the loss at each rate extrapolated over the tokens, a parabola, then a power law in parameters; NaN where
         fewer than three horizons share three rates."""
         ends = []
-        for (arm, size), own in self.cells.groupby(["arm", "params"]):
-            rows = pd.concat([self.bowls.rows[arm, t] for t in own.horizon_tokens])
+        for (_, size), own in self.cells.groupby(["arm", "params"]):
+            rows = self.rows(own)
             rows = rows[rows.seed.isin(seeds)].groupby(["peak_lr", "horizon_tokens"]).loss.mean().unstack()
             rows = rows.dropna()
             if rows.shape[1] < 3 or len(rows) < 3:
@@ -96,7 +95,8 @@ class Proxies:
     def published(self, params: float, tokens: float, seeds) -> float:
         """Log2 η* by the published exponents from the largest proxy at its longest horizon."""
         at, size, longest = self.anchor(seeds)
-        return at + FITTING["params"] * math.log2(params / size) + FITTING["tokens"] * math.log2(tokens / longest)
+        fitting = published_exponents()["fitting"]  # arXiv 2601.05049 eq. 6, as ratios only
+        return at + fitting["size"] * math.log2(params / size) + fitting["horizon"] * math.log2(tokens / longest)
 
     def transferred(self, tokens: float, seeds, exponent: float | None = None) -> float:
         """Log2 η* of the base at the target's tokens: by its own horizons' valley, or from the longest by an exponent."""
@@ -115,7 +115,7 @@ def predictions(proxies: Proxies, params: float, tokens: float, seeds) -> dict[s
     """Method → (parametrization it is for, log2 rate, FLOPs of its search), from the proxies of some seeds."""
     per_seed = proxies.cells.assign(each=proxies.cells.flops / proxies.cells.seeds)
     whole, base = (float(rows.each.sum()) * len(seeds) for rows in (per_seed, per_seed[per_seed.arm == proxies.base]))
-    paid = proxies.paid(seeds)
+    paid, horizon = proxies.paid(seeds), published_exponents()["bjorck"]["horizon"]  # arXiv 2409.19913
     last = float(per_seed[per_seed.arm == proxies.base].each.iloc[-1]) * len(seeds)
     return {
         FITTED: ("sp", proxies.law(params, tokens, seeds), whole),
@@ -124,7 +124,7 @@ def predictions(proxies: Proxies, params: float, tokens: float, seeds) -> dict[s
         "published exponents": ("sp", proxies.published(params, tokens, seeds), last),
         KEPT: ("sp", proxies.transferred(tokens, seeds, 0.0), last),
         TRANSFERRED: ("mup", proxies.transferred(tokens, seeds), base),
-        "transferred, published horizon rule": ("mup", proxies.transferred(tokens, seeds, HORIZON), last),
+        "transferred, published horizon rule": ("mup", proxies.transferred(tokens, seeds, horizon), last),
         "transferred, no horizon rule": ("mup", proxies.transferred(tokens, seeds, 0.0), last),
     }
 

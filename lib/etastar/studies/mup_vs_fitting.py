@@ -65,15 +65,14 @@ def measure(runs) -> Measurements:
     first = next(r.recipe for r in runs if (arm_of(r.recipe), r.recipe.horizon_tokens) == (main, longest))
     m = common.measure(grid.gridded, first, names, (main, longest), lambda m: {})
     bowls = Bowls.of(m, names, grid.gridded)
-    slopes = {int(t): measures.slope_at(m, names, grid.arm("sp"), int(t)) for t in grid.frame.horizon_tokens.unique()}
-    slopes = {tokens: slope for tokens, slope in slopes.items() if slope > 0}
+    slopes = measures.slopes(grid, bowls)
     here = slopes.get(grid.width_tokens, math.nan)
     target, ratios = head_to_head.target_table(grid, bowls), head_to_head.ratio_table(grid, bowls)
     of_exponents, exponents = measures.exponents(grid)
     of_modules, gains, moves = measures.modules(grid)
     found = (measures.drifts(grid, bowls) | of_exponents | head_to_head.contrasts(target, ratios, here, longest)
-             | measures.decay(grid, bowls, m.tuned, names, here) | of_modules | measures.mended(grid, bowls, m.tuned, names, here)
-             | measures.power(grid, m.tuned, names, slopes))
+             | measures.decay(grid, bowls, here) | of_modules | measures.mended(grid, bowls, here)
+             | measures.power(grid, bowls, slopes))
     tables = {"vertices": measures.vertices(bowls, grid), "drifts": measures.drift_table(found), "exponents": exponents,
               "methods": head_to_head.summary(target), "target": target, "ratios": ratios, "module_gains": gains, "module_moves": moves,
               "boundaries": measures.boundaries(grid, first.corpus.vocab), "runs": grid.frame,

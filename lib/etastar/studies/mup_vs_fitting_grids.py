@@ -124,34 +124,44 @@ class Grid:
         return int(last.width), int(last.horizon_tokens)
 
 
+def shared_rows(rows: pd.DataFrame, axes: list[str], seeds=None) -> pd.DataFrame:
+    """The bowls of some cells, told apart by `axes`, of the seeds that are in all of them (and among `seeds`, if given)."""
+    cells = [common.with_bowl(own) for _, own in rows.groupby(axes)]
+    if not cells:
+        return rows
+    shared = set.intersection(*(set(own.seed) for own in cells)) & (set(rows.seed) if seeds is None else set(seeds))
+    return pd.concat([own[own.seed.isin(shared)] for own in cells])
+
+
 def joint_valley(rows: pd.DataFrame, axes: list[str], seeds=None) -> Valley:
     """One valley through the bowls of some cells, told apart by `axes`, over the seeds that all have (of `seeds` alone, if given).
 
     A skew is fitted where the rates leave enough to tell it. Raises ValueError as `fit_valley` does, and for cells without a common seed.
     """
-    cells = [common.with_bowl(own) for _, own in rows.groupby(axes)]
-    shared = set.intersection(*(set(own.seed) for own in cells)) & (set(rows.seed) if seeds is None else set(seeds))
-    if not shared or seeds is None and len(shared) < 2:
-        raise ValueError(f"cells by {', '.join(axes)} share {len(shared)} seeds; a valley needs two, or those it is asked for")
-    table = pd.concat([own[own.seed.isin(shared)] for own in cells])
-    skew = sum(own.peak_lr.nunique() - 1 for own in cells) >= LEAST_FOR_SKEW
+    table = shared_rows(rows, axes, seeds)
+    count = table.seed.nunique()
+    if count < (2 if seeds is None else 1):
+        raise ValueError(f"cells by {', '.join(axes)} share {count} seeds; a valley needs two, or those it is asked for")
+    skew = bool((table.groupby(axes).peak_lr.nunique() - 1).sum() >= LEAST_FOR_SKEW)
     return fit_valley({axis: table[axis].to_numpy(float) for axis in axes}, table.peak_lr, table.loss,
-                      table.seed if len(shared) > 1 else None, skew=skew)
+                      table.seed if count > 1 else None, skew=skew)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Bowls:
-    """The bowls of all cells, by arm and horizon."""
+    """The bowls of all cells, by arm and horizon, their runs, and by seed what other seeds' rate costs on the seed's own bowl."""
 
     by_cell: dict[tuple[str, int], Bowl]
     rows: dict[tuple[str, int], pd.DataFrame]
+    tuned: dict[tuple[str, int], dict]
 
     @staticmethod
     def of(m: Measurements, names: dict[str, tuple[str, int]], frame: pd.DataFrame) -> "Bowls":
         """Those that Measurements could fit; `names` maps its names to cells."""
         found = {names[name]: bowl for name, bowl in m.bowls.items()}
         by = {cell: rows for cell, rows in frame.groupby(["arm", "horizon_tokens"])}
-        return Bowls(found, {cell: by[cell] for cell in found})
+        tuned = {names[name]: m.tuned[name] for name in m.bowls if name in m.tuned}
+        return Bowls(found, {cell: by[cell] for cell in found}, tuned)
 
     def __contains__(self, cell) -> bool:
         return cell in self.by_cell
@@ -160,6 +170,10 @@ class Bowls:
         """Log2 best rate by seed."""
         bowl = self.by_cell[arm, horizon_tokens]
         return pd.Series(bowl.vertices, index=list(bowl.seeds)).rename_axis("seed")
+
+    def tuned_loss(self, arm: str, horizon_tokens: int) -> pd.Series:
+        """Loss by seed at the rate that other seeds chose; empty without a bowl."""
+        return pd.Series({seed: loss for seed, (_, loss) in self.tuned.get((arm, horizon_tokens), {}).items()}, dtype=float)
 
     def loss_at(self, arm: str, horizon_tokens: int, seed: int, log2_lr: float) -> float:
         """Loss of a seed's bowl; beyond the rates tried it goes on straight, which for a bowl is too low rather than too high."""

@@ -7,11 +7,12 @@ import pandas as pd
 
 from etastar.analysis.paired import mean_estimate
 from etastar.analysis.stability import divergence_boundary, summary
-from etastar.analysis.valley import Valley, fit_valley
+from etastar.analysis.valley import fit_valley
 from etastar.studies import layer_groups
 from etastar.studies import measured as common
-from etastar.studies.measured import Contrast, Measurements
-from etastar.studies.mup_vs_fitting_grids import Bowls, Grid
+from etastar.studies.measured import Contrast
+from etastar.studies.mup_vs_fitting_grids import Bowls, Grid, shared_rows
+from etastar.studies.power_law_measures import bend
 
 LEAST_RANGE = 16.0  # of tokens or parameters, for an exponent that counts
 LEAST_WIDTH = 128  # where token tables are half the parameters no exponent in them counts
@@ -35,7 +36,7 @@ def ends(grid: Grid, along: str, scaling: str, mixture: bool = False) -> tuple[s
 
 
 def base_mixture(grid: Grid) -> str:
-    """The kind of the mixture that most widths have; "" where there is none."""
+    """The kind of the mixture that most widths have; "none", which no cell has, where there is no mixture."""
     cells = grid.cells[grid.cells.kind.str.fullmatch(r"\d+ experts top \d+")]
     return cells.groupby("kind").width.nunique().idxmax() if len(cells) else "none"
 
@@ -55,8 +56,7 @@ def drifts(grid: Grid, bowls: Bowls) -> dict[str, Contrast]:
             pair = [made.get(f"{before}{each}: drift over {along}") for each in (scaling, than)]
             if all(pair) and len(pair[0].per_seed) == len(pair[1].per_seed):
                 made[f"{before}{name}: drift over {along}"] = Contrast(
-                    pair[0].per_seed - pair[1].per_seed, "octaves", "drifts", tokens, pair[0].short or pair[1].short,
-                    math.hypot(pair[0].spread, pair[1].spread))
+                    pair[0].per_seed - pair[1].per_seed, "octaves", "drifts", tokens, pair[0].short or pair[1].short)
     return made | _of_experts(grid, bowls)
 
 
@@ -76,7 +76,7 @@ def _of_experts(grid: Grid, bowls: Bowls) -> dict[str, Contrast]:
             side = math.copysign(1.0, float(found.per_seed.mean()))  # how far, whichever way the mean lies
             made["mixture, mup: drift over fineness"] = found
             made["mixture, mup: fineness beyond none"] = Contrast(side * found.per_seed - GRANULARITY, "octaves", "fineness",
-                                                                 found.horizon_tokens, found.short, found.spread)
+                                                                 found.horizon_tokens, found.short)
     return made
 
 
@@ -109,8 +109,8 @@ def exponents(grid: Grid) -> tuple[dict[str, Contrast], pd.DataFrame]:
                               _too_small(frame, axis))
         rows.append({"exponent of": name, "value": valley.exponents[0], "low": valley.exponents_low[0], "high": valley.exponents_high[0],
                      "least": frame[axis].min(), "most": frame[axis].max(), "seeds": len(valley.seeds)})
-        if axis == "horizon_tokens" and (bend := _bend(frame, axis)) is not None:
-            made[name.replace("exponent", "curvature")] = Contrast(bend, "exponent", "bend", int(frame.horizon_tokens.max()),
+        if axis == "horizon_tokens" and (bent := bend(frame, axis)):
+            made[name.replace("exponent", "curvature")] = Contrast(bent[0], "exponent", "bend", int(frame.horizon_tokens.max()),
                                                                    _too_small(frame, axis))
     return made, pd.DataFrame(rows)
 
@@ -118,12 +118,7 @@ def exponents(grid: Grid) -> tuple[dict[str, Contrast], pd.DataFrame]:
 def _along(grid: Grid, arm: str | None, axis: str) -> pd.DataFrame:
     frame = grid.gridded[grid.gridded.arm == arm] if arm else grid.gridded[grid.gridded.arm.isin(grid.plain().arm)]
     frame = frame if arm else frame[frame.horizon_tokens == grid.width_tokens]
-    kept = [common.with_bowl(rows) for _, rows in frame.groupby(axis)]
-    kept = [rows for rows in kept if rows.peak_lr.nunique() >= 3]
-    if not kept:
-        return frame.iloc[:0]
-    table = pd.concat(kept)
-    return table[table.seed.isin(set.intersection(*(set(rows.seed) for rows in kept)))]
+    return shared_rows(frame[frame.groupby(axis).peak_lr.transform("nunique") >= 3], [axis])
 
 
 def _too_small(frame: pd.DataFrame, axis: str) -> str:
@@ -137,23 +132,10 @@ def _too_small(frame: pd.DataFrame, axis: str) -> str:
     return "; ".join(said)
 
 
-def _bend(frame: pd.DataFrame, axis: str) -> np.ndarray | None:
-    """By seed, how the exponent changes an octave of the axis; None for fewer than three cells."""
-    log = np.log(frame[axis].to_numpy(float))
-    if len(np.unique(log)) < 3:
-        return None
-    log -= (log.min() + log.max()) / 2
-    try:
-        v: Valley = fit_valley({"value": np.exp(log), "bend": np.exp(log**2)}, frame.peak_lr, frame.loss, frame.seed)
-    except ValueError:
-        return None
-    return 2 * math.log(2) * np.array([e[v.names.index("bend")] for e in v.exponents_per_seed])
-
-
 # -- decay, modules, steadiness, Power ---------------------------------------------------------------------------------
 
 
-def decay(grid: Grid, bowls: Bowls, tuned: dict, names: dict, slope: float) -> dict[str, Contrast]:
+def decay(grid: Grid, bowls: Bowls, slope: float) -> dict[str, Contrast]:
     """Coupled against independent decay at the wider model: octaves of the best rate, and the tuned losses over |dL/d log D|.
 
     Of several strengths the one whose η·λ·T is nearest to TIME at the base's best rate is told without its λ.
@@ -170,15 +152,9 @@ def decay(grid: Grid, bowls: Bowls, tuned: dict, names: dict, slope: float) -> d
         if pair and (found := bowls.drift(pair[0][0], pair[1][0], tokens, "decay")):
             said = "" if times[kind] == min(times.values()) else f", {kind}"
             made[f"coupled − independent{said}"] = found
-            loss = common.minus(*(_tuned(tuned, names, *cell) for cell in reversed(pair))).to_numpy() / slope
+            loss = common.minus(*(bowls.tuned_loss(*cell) for cell in reversed(pair))).to_numpy() / slope
             made[f"independent − coupled, loss{said}"] = Contrast(loss, "token_fraction", "decay loss", tokens, found.short)
     return made
-
-
-def _tuned(tuned: dict, names: dict, arm: str, tokens: int) -> pd.Series:
-    """Loss by seed at the rate that other seeds chose."""
-    name = next((n for n, cell in names.items() if cell == (arm, tokens)), None)
-    return pd.Series({seed: loss for seed, (_, loss) in tuned.get(name, {}).items()}, dtype=float)
 
 
 def modules(grid: Grid) -> tuple[dict[str, Contrast], pd.DataFrame, pd.DataFrame]:
@@ -216,12 +192,12 @@ def boundaries(grid: Grid, vocab: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def mended(grid: Grid, bowls: Bowls, tuned: dict, names: dict, slope: float) -> dict[str, Contrast]:
+def mended(grid: Grid, bowls: Bowls, slope: float) -> dict[str, Contrast]:
     """How much smaller |tuned μP − SP| is with QK-norm or a z-loss than without, over |dL/d log D|."""
     made, tokens = {}, grid.width_tokens
     for kind in ("QK-norm", "z-loss"):
         for width in grid.cells[grid.cells.kind == kind].width.unique():
-            gap = {k: common.minus(*(_tuned(tuned, names, grid.arm(s, width, kind=k), tokens) for s in ("mup", "sp"))) for k in ("", kind)}
+            gap = {k: common.minus(*(bowls.tuned_loss(grid.arm(s, width, kind=k), tokens) for s in ("mup", "sp"))) for k in ("", kind)}
             both = common.minus(_toward(gap[kind]), _toward(gap[""]))
             if len(both) >= 2:
                 made[f"mup − sp, {kind} − plain"] = Contrast(both.to_numpy() / slope, "token_fraction", "mended", tokens)
@@ -233,11 +209,11 @@ def _toward(gap: pd.Series) -> pd.Series:
     return gap * math.copysign(1.0, float(gap.mean())) if len(gap) else gap
 
 
-def power(grid: Grid, tuned: dict, names: dict, slopes: dict[int, float]) -> dict[str, Contrast]:
+def power(grid: Grid, bowls: Bowls, slopes: dict[int, float]) -> dict[str, Contrast]:
     """Power at one setting over WSD tuned on the mixture, over |dL/d log D|, at the horizon where it is worst on the other seeds."""
     at, losses = grid.frame[grid.frame.kind.str.endswith("power")], {}
     for (kind, tokens), own in at.groupby(["kind", "horizon_tokens"]):
-        wsd = _tuned(tuned, names, grid.arm("mup", own.width.iloc[0], kind=kind.removesuffix(", power")), int(tokens))
+        wsd = bowls.tuned_loss(grid.arm("mup", own.width.iloc[0], kind=kind.removesuffix(", power")), int(tokens))
         difference = common.minus(own.set_index("seed").loss, wsd)
         if len(difference) >= 2 and int(tokens) in slopes:
             losses[int(tokens)] = difference / slopes[int(tokens)]
@@ -248,11 +224,11 @@ def power(grid: Grid, tuned: dict, names: dict, slopes: dict[int, float]) -> dic
                                                           max(losses))}
 
 
-def slope_at(m: Measurements, names: dict, arm: str, tokens: int) -> float:
-    """|dL/d log D| of an arm's tuned losses from a horizon to its double; NaN where either is missing."""
-    by_cell = {cell: m.bowls[name].best_loss for name, cell in names.items() if name in m.bowls}
-    short, long = by_cell.get((arm, tokens)), by_cell.get((arm, 2 * tokens))
-    return math.nan if short is None or long is None else (short - long) / math.log(2)
+def slopes(grid: Grid, bowls: Bowls) -> dict[int, float]:
+    """|dL/d log D| of the base's best losses from a horizon to its double, by horizon, where both have a bowl and the loss falls."""
+    best = {tokens: bowl.best_loss for (arm, tokens), bowl in bowls.by_cell.items() if arm == grid.arm("sp")}
+    found = {tokens: (loss - best[2 * tokens]) / math.log(2) for tokens, loss in best.items() if 2 * tokens in best}
+    return {tokens: slope for tokens, slope in found.items() if slope > 0}
 
 
 def drift_table(contrasts: dict[str, Contrast]) -> pd.DataFrame:

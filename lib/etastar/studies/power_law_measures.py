@@ -129,7 +129,7 @@ def vertices(found: dict[str, Valley]) -> pd.DataFrame:
 
 def exponents(grid: Grid, found: dict[str, Valley]) -> pd.DataFrame:
     """One row an axis (and, where they were run, a kind of WSD): exponent with interval, its own curvature, range, seeds."""
-    rows = [_exponent_row(axis, "wsd", valley, _bend(grid.along(axis), axis)) for axis, valley in found.items()]
+    rows = [_exponent_row(axis, "wsd", valley, bend(grid.along(axis), AXES[axis])) for axis, valley in found.items()]
     for kind in sorted(set(grid.frame.kind) - {"wsd"}):
         try:
             rows.append(_exponent_row("horizon", kind, valley_of(grid.along("horizon", kind), "horizon"), None))
@@ -138,16 +138,16 @@ def exponents(grid: Grid, found: dict[str, Valley]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _exponent_row(axis: str, kind: str, valley: Valley, bend) -> dict:
+def _exponent_row(axis: str, kind: str, valley: Valley, bent) -> dict:
     values = valley.cells[axis]
     row = {"along": axis, "kind": kind, "exponent": valley.exponents[0], "low": valley.exponents_low[0], "high": valley.exponents_high[0],
            "least": values.min(), "most": values.max(), "cells": len(values), "seeds": len(valley.seeds), "scatter_nats": valley.scatter}
-    return row | ({"slope_an_octave": bend[0], "slope_low": bend[1], "slope_high": bend[2]} if bend else {})
+    return row | (dict(zip(("slope_an_octave", "slope_low", "slope_high"), bent[1], strict=True)) if bent else {})
 
 
-def _bend(rows: pd.DataFrame, axis: str) -> tuple[float, float, float] | None:
-    """How the slope changes an octave of the axis, with its interval; None where the cells do not determine it."""
-    log = np.log(rows[AXES[axis]].to_numpy(float))
+def bend(rows: pd.DataFrame, column: str) -> tuple[np.ndarray, tuple[float, float, float]] | None:
+    """How the slope changes an octave of a column: by seed, and over seeds with its interval; None where the cells do not determine it."""
+    log = np.log(rows[column].to_numpy(float))
     if len(np.unique(log)) < 3:
         return None
     log -= (log.min() + log.max()) / 2
@@ -155,7 +155,9 @@ def _bend(rows: pd.DataFrame, axis: str) -> tuple[float, float, float] | None:
         v = fit_valley({"value": np.exp(log), "bend": np.exp(log**2)}, rows.peak_lr, rows.loss, rows.seed)
     except ValueError:
         return None
-    return tuple(2 * math.log(2) * each[v.names.index("bend")] for each in (v.exponents, v.exponents_low, v.exponents_high))
+    at, octaves = v.names.index("bend"), 2 * math.log(2)
+    over_seeds = tuple(octaves * each[at] for each in (v.exponents, v.exponents_low, v.exponents_high))
+    return octaves * np.array([e[at] for e in v.exponents_per_seed]), over_seeds
 
 
 def local_slopes(grid: Grid) -> pd.DataFrame:
