@@ -27,6 +27,13 @@ _PUBLIC = {
     "analysis.laws": ("laws", "recommend", "LawWarning"),
     "analysis.read_runs": ("read_runs",),
     "archives": ("archive",),
+    "hub.checkpoints": ("fetch_checkpoint",),
+    "hub.folders": ("load_checkpoint",),
+    "hub.export": ("export",),
+    "hub.push": ("push",),
+    "hub.perplexity": ("perplexity",),
+    "hub.evaluate": ("evaluate",),
+    "hub.measure": ("checkpoint_norms", "power_law_says"),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = sorted(_HOME)

@@ -1,0 +1,129 @@
+"""Checkpoints measured without being run: norms streamed in little memory; what the Power law says, against the paper's numbers."""
+
+import json
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from etastar.hub.measure import checkpoint_norms, power_law_says
+from etastar.model.norms import operator_norms
+
+MIB = 2**20
+PEAK = """
+import resource, sys, torch
+torch.set_num_threads(1)
+import etastar.model.norms
+from etastar.hub.measure import checkpoint_norms
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+rows = len(checkpoint_norms(sys.argv[1]))
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(rows, before * 1024, after * 1024)
+"""
+
+
+def granite_shapes(width: int, ffn_width: int, layers: int, vocab: int) -> dict[str, tuple[int, int]]:
+    """A dense granite's matrices, the head tied."""
+    layer = {f"self_attn.{n}_proj": (width, width) for n in "qkvo"} | {f"mlp.{n}_proj": (ffn_width, width) for n in ("gate", "up")}
+    layer |= {"mlp.down_proj": (width, ffn_width)}
+    shapes = {f"model.layers.{i}.{name}.weight": shape for i in range(layers) for name, shape in layer.items()}
+    return {"model.embed_tokens.weight": (vocab, width)} | shapes
+
+
+def write_bf16(path, shapes) -> int:
+    """A safetensors file of small random bf16 entries, written in pieces; returns its bytes."""
+    header, at = {}, 0
+    for name, shape in shapes.items():
+        size = 2 * shape[0] * shape[1]
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    words = json.dumps(header).encode()
+    words += b" " * (-len(words) % 8)
+    drawn = (torch.randn(2**21 - 1, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16().view(torch.int16).numpy().tobytes()
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(words)) + words)
+        for start in range(0, at, len(drawn)):
+            file.write(drawn[: at - start])
+    return path.stat().st_size
+
+
+def peak_bytes(path) -> tuple[int, int, int]:
+    """(rows, peak before, peak after) of a process of its own that measures a checkpoint."""
+    told = subprocess.run([sys.executable, "-c", PEAK, str(path)], capture_output=True, text=True, check=True).stdout
+    rows, before, after = (int(word) for word in told.split())
+    return rows, before, after
+
+
+def test_memory_is_that_of_the_largest_tensor_not_of_the_file(tmp_path):
+    """480 matrices of half a MiB each; all of them mapped at once would show as such."""
+    size = write_bf16(tmp_path / "model.safetensors", {f"layers.{i}.up.weight": (8192, 32) for i in range(480)})
+    rows, before, after = peak_bytes(tmp_path)
+    assert size > 239 * MIB and rows == 480
+    assert after - before < 160 * MIB
+
+
+@pytest.mark.slow
+def test_a_3b_checkpoint_is_measured_in_2_gb(tmp_path):
+    """PowerLM-3B's matrices, in bf16: one of its forty layers after another takes no more than the first two."""
+    size = write_bf16(tmp_path / "model.safetensors", granite_shapes(width=2304, ffn_width=9216, layers=6, vocab=49_152))
+    rows, before, after = peak_bytes(tmp_path)
+    assert size > 1100 * MIB and rows == 2 + 6 * 7
+    assert after < 2e9 and after - before < size * 0.6
+
+
+def test_norms_are_those_of_the_tensors_and_layers_are_numbered(tmp_path):
+    drawn = torch.Generator().manual_seed(4)
+    shapes = granite_shapes(width=24, ffn_width=40, layers=12, vocab=50) | {"lm_head.weight": (50, 24)}
+    tensors = {name: torch.randn(shape, generator=drawn) for name, shape in shapes.items()}
+    names = list(tensors)
+    for part, some in enumerate((names[:30], names[30:])):
+        save_file({name: tensors[name] for name in some}, tmp_path / f"part-{part}.safetensors")
+    index = {"weight_map": {name: f"part-{int(i >= 30)}.safetensors" for i, name in enumerate(names)}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    found = checkpoint_norms(tmp_path).set_index("name")
+    for name in ("model.layers.11.mlp.down_proj.weight", "model.layers.3.self_attn.q_proj.weight"):
+        told = found.loc[name]
+        matrix = tensors[name].double().numpy()
+        assert told["norm"] == pytest.approx(np.linalg.norm(matrix, 2) * (matrix.shape[1] / matrix.shape[0]) ** 0.5, rel=1e-9)
+    head = tensors["lm_head.weight"].double().numpy()
+    assert found.loc["lm_head.weight", "norm"] == pytest.approx(np.linalg.norm(head, axis=1).max() * 24**0.5)
+    assert found.loc["model.layers.11.mlp.down_proj.weight", "layer"] == 11 and found["layer"].isna().sum() == 2
+    assert found.drop(columns="layer").equals(operator_norms(tmp_path).set_index("name").loc[found.index])
+
+
+def test_what_is_no_checkpoint_is_refused_and_a_pickle_never_opened(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"never opened")
+    with pytest.raises(ValueError, match="no safetensors file and no folder of any"):
+        checkpoint_norms(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "part-1.safetensors"}}')
+    with pytest.raises(ValueError, match="lacks part-1.safetensors, which its index names"):
+        checkpoint_norms(tmp_path)
+    save_file({"a.weight": torch.ones(64, 64)}, tmp_path / "part-1.safetensors")
+    whole = (tmp_path / "part-1.safetensors").read_bytes()
+    (tmp_path / "part-1.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match="part-1.safetensors is not a whole safetensors file"):
+        checkpoint_norms(tmp_path)
+
+
+def test_the_power_law_says_what_the_paper_prints():
+    """arXiv 2408.13359: η = 0.0011 for a batch of 1024 sequences and 10T tokens (§3.2); the law itself, Eq. 5."""
+    assert power_law_says(1024 * 4096, 10e12).wsd_peak_lr == pytest.approx(0.0011, abs=5e-5)
+    lm = power_law_says(1024 * 4096, 1.25e12, cooldown_fraction=0.2)
+    assert lm.wsd_peak_lr == pytest.approx(1024 * 4.6 * 1.25e12**-0.51, rel=1e-12) and lm.low < lm.wsd_peak_lr < lm.high
+    assert lm.schedule_lr == pytest.approx(1024 * 4 * 1e12**-0.51, rel=1e-12)
+    assert 1024 * 4 * lm.cap_until_tokens**-0.51 == pytest.approx(0.02, rel=1e-9)
+    assert any("horizon_tokens" in sentence for sentence in lm.warnings) and any("batch_sequences" in sentence for sentence in lm.warnings)
+    doubled = power_law_says(2 * 1024 * 4096, 1.25e12, cooldown_fraction=0.2)
+    assert doubled.wsd_peak_lr == pytest.approx(2 * lm.wsd_peak_lr) and doubled.schedule_lr == pytest.approx(2 * lm.schedule_lr)
+    assert power_law_says(512 * 4096, 1e9).schedule_lr == 0.02  # at its cap
+
+
+@pytest.mark.parametrize("given, said", [((0, 1e9), "batch_tokens=0"), ((1e6, float("nan")), "horizon_tokens=nan"),
+                                         ((1e9, 1e6), "more than the horizon"), ((1e6, 1e9, 1.0), "cooldown_fraction")])
+def test_what_the_law_cannot_be_asked_is_refused(given, said):
+    with pytest.raises(ValueError, match=said):
+        power_law_says(*given)
