@@ -1,10 +1,13 @@
-"""The `etastar` command: doctor, plan, run, runs, reproduce, branch, tune, coordinates, recommend, fetch, report, bench."""
+"""The `etastar` command, all verbs but those for the hub, which are in cli_hub."""
 
 import argparse
 import json
 import os
 import sys
 from pathlib import Path
+
+from etastar import cli_hub
+from etastar.cli_hub import show
 
 PRESETS = ("auto", "smoke", "cpu", "night", "gpu", "paper")
 RECOMMEND_NUMBERS = {
@@ -100,10 +103,8 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument(f"--{name}", type=lambda ns: [_count(n) for n in ns.split(",")], default=usual, help=f"{what} (default: {usual})")
     verb.add_argument("--seeds", type=_count, default=3, metavar="N", help="of the intervals (default: 3)")
     verb.set_defaults(act=_coordinates)
-    verb = verbs.add_parser("fetch", parents=[common], help="download published run logs and check their sha256")
-    verb.add_argument("what", choices=("archives",))
-    verb.add_argument("names", nargs="*", metavar="NAME", help="archives of data/archives.toml (default: all)")
-    verb.set_defaults(act=_fetch)
+
+    cli_hub.add_verbs(verbs, common)
 
     verb = verbs.add_parser("report", parents=[common, budget], help="write the HTML report of a preset's results again")
     verb.add_argument("--results", default="results", help="folder of the results (default: results)")
@@ -168,7 +169,7 @@ def _plan(options):
     if options.parameters:
         from etastar.model.parametrization import as_table
 
-        return _show({"parameters": (table := as_table(recipes[0])), "forward": table.attrs["forward"]}, options)
+        return show({"parameters": (table := as_table(recipes[0])), "forward": table.attrs["forward"]}, options)
     if options.preset == "paper" or _meant_for_another_machine(recipes):
         told = cost_without_corpus(recipes)
     else:
@@ -181,7 +182,7 @@ def _plan(options):
         if options.resolve:
             plan = module.design(preset, options.minutes)
             shown["resolve"] = plan.resolve(options.resolve, _measured_sd(plan, options.store))
-    _show(shown, options)
+    show(shown, options)
 
 
 def _measured_sd(plan, store) -> float | None:
@@ -204,16 +205,6 @@ def _study(options):
     from etastar.studies import find_study, resolve_preset
 
     return find_study(options.what), resolve_preset(options.preset)
-
-
-def _show(parts: dict, options) -> None:
-    """Tables, dicts and texts by name, for eyes or as JSON."""
-    if options.json:
-        print(json.dumps({k: json.loads(v.to_json(orient="records")) if hasattr(v, "to_json") else v for k, v in parts.items()}, indent=1))
-        return
-    for name, part in parts.items():
-        text = part.to_string(index=False) if hasattr(part, "to_string") else part
-        print(f"{name}\n{text if isinstance(text, str) else json.dumps(text, indent=1)}\n")
 
 
 def _run(options):
@@ -359,24 +350,7 @@ def _coordinates(options):
     from etastar.coordinates import check_named
 
     passed, parts = check_named(options.parametrization, options.widths, options.depths, options.seeds)
-    return _show(parts | ({"passed": passed} if options.json else {}), options) or int(not passed)
-
-
-def _fetch(options):
-    from etastar.archives.fetch import fetch_archives, summary
-
-    files = fetch_archives(options.names, progress=False if options.json else None)
-    rows, problems = summary(files), [f for f in files if not f.here]
-    if options.json:
-        print(json.dumps({"archives": rows, "missing": [vars(f) for f in problems]}, indent=1))
-    else:
-        import pandas as pd
-
-        print(pd.DataFrame(rows).to_string(index=False))
-        for reason in dict.fromkeys((f.archive, f.reason) for f in problems):
-            print(f"{reason[0]}: {sum((f.archive, f.reason) == reason for f in problems)} not here: {reason[1]}", file=sys.stderr)
-    # A host that cannot be reached is no failure where a mirror or the cache has a part: what can be read is read.
-    return int(any(f.state in ("refused", "failed") for f in problems) or any(not row["here"] for row in rows))
+    return show(parts | ({"passed": passed} if options.json else {}), options) or int(not passed)
 
 
 def _report(options):
