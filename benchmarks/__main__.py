@@ -8,8 +8,8 @@ import torch
 
 from benchmarks.rows import show
 
-BENCHES = ("train", "optimizer", "fits", "data", "plan", "norms", "mixture", "distributed_scion")
-ON_CPU = ("distributed_scion",)  # told for a CPU alone, and left out where all are run on a GPU
+BENCHES = ("train", "optimizer", "fits", "data", "plan", "norms", "mixture", "distributed_scion", "checkpoint_norms")
+ON_CPU = ("distributed_scion", "checkpoint_norms")  # told for a CPU alone, and left out where all are run on a GPU
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 
@@ -43,7 +44,8 @@ def test_plan_run_look_branch_export_and_clean_up(etastar, tmp_path):
     status, out, _ = etastar("branch", rows[1]["run_id"], "--at-tokens", 8 * BATCH, "--horizon-tokens", 10 * BATCH, "--schedule",
                              '{"kind": "WSD", "cooldown_fraction": 1}', "--json")
     assert status == 0 and json.loads(out)["status"] == "done"
-    assert "3 runs written" in etastar("runs", "export", "table.csv")[1] and (tmp_path / "table.csv").exists()
+    for name, read in (("table.csv", pd.read_csv), ("table.parquet", pd.read_parquet)):
+        assert "3 runs written" in etastar("runs", "export", name)[1] and list(read(tmp_path / name).observed) == ["{}"] * 3
     assert "removed .nodes" in etastar("runs", "gc", "--states")[1]
 
 

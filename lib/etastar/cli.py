@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped; finished runs and the state of running ones are kept, the same command goes on", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, RuntimeError, FileNotFoundError) as error:
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
         if options.traceback:
             raise
         print(f"etastar: {error}", file=sys.stderr)

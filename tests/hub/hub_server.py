@@ -1,8 +1,11 @@
 """A server on this machine that speaks the hub's HTTP protocol for model repositories, well or badly as a test asks.
 
 `Hub.put` adds a repository at a commit; weights are kept as on the hub, in large-file storage on a second host (the CDN) to which
-`resolve` redirects. `Hub.faults[path]` holds faults, one an answer with a body: ("status", code, headers), ("cut", bytes),
-("short", bytes), ("corrupt",), ("longer", bytes), ("no ranges",), ("drop",). `Hub.asked` records (method, path, first byte, token).
+`resolve` redirects. `Hub.faults[file]` holds faults, one an answer with a body: ("status", code, headers), ("cut", bytes), ("short",
+bytes), ("unsaid", bytes) without a length, ("stall", bytes) until `Hub.heal`, ("corrupt",), ("longer", bytes), ("no ranges",), ("page",),
+("drop",). Faults that stay until `heal`: `api_fault` of the listing and `resolve_faults[file]`, each (code, headers), ("page",) or
+("stall",); `lost`, listed files that are not there; `offers_other_hash`, `offers_other_commit`; `storage_is_down`.
+`Hub.asked` records (method, path, first byte, token), `Hub.sent` (file, bytes of its body that were sent).
 """
 
 import hashlib
@@ -19,8 +22,8 @@ class Hub:
 
     def __init__(self):
         self.branches, self.commits = {}, {}
-        self.gated, self.faults, self.asked, self.api_fault = {}, {}, [], None
-        self.offers_other_hash = set()
+        self.gated, self.asked, self.sent = {}, [], []
+        self.heal()
         self._front, self._cdn = _serve(self, _Front), _serve(self, _Cdn)
 
     @property
@@ -38,6 +41,18 @@ class Hub:
         self.branches.setdefault(repo, {})[branch] = commit
         self.commits.setdefault(repo, {})[commit] = dict(files)
 
+    def heal(self) -> None:
+        """Do well from now on; whoever was left waiting is let go."""
+        if hasattr(self, "healed"):
+            self.healed.set()
+        self.healed = threading.Event()
+        self.faults, self.resolve_faults, self.api_fault, self.storage_is_down = {}, {}, None, False
+        self.lost, self.offers_other_hash, self.offers_other_commit = set(), set(), set()
+
+    def forget(self) -> None:
+        """Empty the records of what was asked and sent."""
+        self.asked, self.sent = [], []
+
     def bodies_asked(self) -> list[tuple[str, int]]:
         """(file, first byte) of every body that was asked for, in order."""
         return [(path.rsplit("/", 1)[-1], start) for method, path, start, _ in self.asked if method == "GET" and "/api/" not in path
@@ -45,6 +60,7 @@ class Hub:
 
     def close(self) -> None:
         """Stop answering."""
+        self.healed.set()
         for server in (self._front, self._cdn):
             server.shutdown()
             server.server_close()
@@ -86,26 +102,51 @@ class _Answering(BaseHTTPRequestHandler):
         if length != len(body):
             self.close_connection = True
 
+    def _send_fault(self, fault: tuple) -> None:
+        """An answer that is no answer."""
+        match fault:
+            case ("page",):
+                self._send(200, b"<html>Log in to this network</html>", {"Content-Type": "text/html"})
+            case ("drop",):
+                self.close_connection = True
+                self.connection.close()
+            case ("stall",):
+                self.close_connection = True
+                self.hub.healed.wait(30)
+            case _:
+                self._send(fault[0], b"{}", fault[1])
+
     def _send_file(self, name: str, body: bytes, start: int, headers: dict):
         """A body, with the next fault that is planned for it."""
         planned = self.hub.faults.get(name)
         kind, *detail = planned.pop(0) if planned and self.command == "GET" else ("",)
+        if kind in ("page", "drop"):
+            return self._send_fault((kind,))
         if kind == "status":
-            return self._send(detail[0], b"{}", detail[1])
-        if kind == "drop":
-            self.close_connection = True
-            return self.connection.close()
+            return self._send_fault(tuple(detail))
         if kind == "corrupt":
             body = body[:-1] + bytes([body[-1] ^ 1])
         if kind == "longer":
             body = body + b"x" * detail[0]
-        if start and kind != "no ranges":
+        status = 206 if start and kind != "no ranges" else 200
+        if status == 206:
             headers = headers | {"Content-Range": f"bytes {start}-{len(body) - 1}/{len(body)}"}
-            body, status = body[start:], 206
-        else:
-            status = 200
-        sent = body[: detail[0]] if kind in ("cut", "short") else body
-        return self._send(status, sent, headers, told_length=len(body) if kind == "cut" else None)
+            body = body[start:]
+        part = body[: detail[0]] if kind in ("cut", "short", "unsaid", "stall") else body
+        if self.command == "GET":
+            self.hub.sent.append((name, len(part)))
+        if kind == "unsaid":
+            return self._send_unsaid(part, headers)
+        self._send(status, part, headers, told_length=len(body) if kind in ("cut", "stall") else None)
+        if kind == "stall":
+            self._send_fault(("stall",))
+
+    def _send_unsaid(self, body: bytes, headers: dict) -> None:
+        self.send_response(200)
+        for name, item in (headers | {"Connection": "close"}).items():
+            self.send_header(name, item)
+        self.end_headers()
+        self.wfile.write(body)
 
 
 class _Front(_Answering):
@@ -121,30 +162,35 @@ class _Front(_Answering):
             return self._send(404, b"{}", {"X-Error-Code": "RepoNotFound" if repo not in self.hub.commits else "RevisionNotFound"})
         if self.hub.gated.get(repo) and self.headers.get("Authorization") != f"Bearer {self.hub.gated[repo]}":
             return self._send(403, b"{}", {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to this model is restricted."})
-        if name not in files:
+        if name in self.hub.resolve_faults:
+            return self._send_fault(self.hub.resolve_faults[name])
+        if name not in files or name in self.hub.lost:
             return self._send(404, b"{}", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
         return self._resolve(name, files[name], commit, start)
 
     def _resolve(self, name: str, body: bytes, commit: str, start: int):
         told = b"something else" if name in self.hub.offers_other_hash else body
-        headers = {"X-Repo-Commit": commit}
+        headers = {"X-Repo-Commit": "e" * 40 if name in self.hub.offers_other_commit else commit}
+        storage = "http://127.0.0.1:9" if self.hub.storage_is_down else self.hub.cdn
         if not name.endswith(LARGE):
             return self._send_file(name, body, start, headers | {"ETag": f'"{git_sha1(told)}"'})
         self.hub.asked[-1] = (self.command, "/redirected" + self.path, start, self.headers.get("Authorization"))
-        return self._send(302, b"", headers | {"Location": f"{self.hub.cdn}/{sha256(body)}/{name}", "X-Linked-Size": str(len(body)),
+        return self._send(302, b"", headers | {"Location": f"{storage}/{sha256(body)}/{name}", "X-Linked-Size": str(len(body)),
                                                "X-Linked-ETag": f'"{sha256(told)}"'})
 
     def _tell_repository(self, rest: str):
-        repo, _, revision = rest.partition("/revision/")
+        kind = "/tree/" if "/tree/" in rest else "/revision/"
+        repo, _, revision = rest.partition(kind)
         if self.hub.api_fault:
-            code, headers = self.hub.api_fault
-            return self._send(code, b"{}", headers)
+            return self._send_fault(self.hub.api_fault)
         if repo not in self.hub.commits:
             return self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
         commit = self.hub.branches[repo].get(revision, revision)
         files = self.hub.commits[repo].get(commit)
         if files is None:
             return self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+        if kind == "/tree/":
+            return self._send(200, json.dumps([_entry(*item) for item in files.items()]).encode(), {"Content-Type": "application/json"})
         body = {"id": repo, "sha": commit, "private": False, "tags": [], "siblings": [_sibling(*item) for item in files.items()]}
         return self._send(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
 
@@ -162,6 +208,11 @@ class _Cdn(_Answering):
 def _sibling(name: str, body: bytes) -> dict:
     told = {"rfilename": name, "size": len(body), "blobId": git_sha1(body)}
     return told | ({"lfs": {"size": len(body), "sha256": sha256(body), "pointerSize": 134}} if name.endswith(LARGE) else {})
+
+
+def _entry(name: str, body: bytes) -> dict:
+    told = {"type": "file", "path": name, "size": len(body), "oid": git_sha1(body)}
+    return told | ({"lfs": {"size": len(body), "oid": sha256(body), "pointerSize": 134}} if name.endswith(LARGE) else {})
 
 
 def sha256(body: bytes) -> str:

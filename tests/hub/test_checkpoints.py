@@ -1,75 +1,22 @@
-"""Checkpoints fetched by the real client from a hub on this machine that cuts, corrupts, limits and refuses."""
+"""Checkpoints fetched by the real client from a hub on this machine, found again, and held to what was listed."""
 
 import argparse
 import json
-import pickle
+import os
 import subprocess
 import sys
 import tomllib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from etastar.hub import checkpoints, released
-from etastar.hub.checkpoints import fetch_checkpoint, fetch_command, plan_checkpoint
+from etastar.hub import released
+from etastar.hub.checkpoints import fetch_command, find_fetched
 from etastar.hub.faults import CheckpointNotFetched, CheckpointRefused
 from etastar.hub.record import RECORD, HubFile
 from etastar.hub.released import find_asked, load_released
-from hub_server import Hub, git_sha1, sha256
-
-REPO, COMMIT, LATER = "owner/small", "0123456789abcdef" * 2 + "01234567", "f" * 40
-WEIGHTS = bytes(range(256)) * 1200
-FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
-FILES = {"config.json": b'{"model_type": "granite"}', FIRST: WEIGHTS, SECOND: WEIGHTS[::-1], "model.safetensors.index.json": b"{}",
-         "tokenizer.json": b"{} ", "README.md": b"A card.", "LICENSE": b"Apache-2.0"}
-
-
-@pytest.fixture
-def waits(monkeypatch):
-    """Seconds that the client would have waited."""
-    waited = []
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", waited.append)
-    return waited
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path, waits):
-    """A Hub that HF_ENDPOINT names, with REPO at COMMIT, an empty HF_HOME and no token."""
-    from huggingface_hub import close_session, constants
-
-    for name in ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE", "HTTP_PROXY", "http_proxy",
-                 "ALL_PROXY", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    for name in ("HF_TOKEN_PATH", "HF_STORED_TOKENS_PATH"):
-        monkeypatch.setattr(constants, name, str(tmp_path / "no token"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 10_000)  # the grain in which the client keeps what arrived before a cut
-    close_session()
-    served = Hub()
-    served.put(REPO, COMMIT, FILES)
-    monkeypatch.setenv("HF_ENDPOINT", served.endpoint)
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    yield served
-    close_session()
-    served.close()
-
-
-def fetch(name=f"{REPO}@{COMMIT}", folder=None, **options):
-    told = []
-    path = fetch_checkpoint(name, folder, tell=told.append, progress=False, **options)
-    return path, "\n".join(told)
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != RECORD}
-
-
-def only_error(kind, *words, **options):
-    with pytest.raises(kind) as caught:
-        fetch(**options)
-    assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words), str(caught.value)
-    return str(caught.value)
+from hub_server import git_sha1, sha256
+from small_checkpoint import COMMIT, FILES, FIRST, LATER, REPO, SECOND, WEIGHTS, contents, fetch, only_error
 
 
 def test_a_checkpoint_is_fetched_whole_into_a_folder_and_then_found_without_the_hub(hub, tmp_path):
@@ -87,14 +34,6 @@ def test_in_the_hubs_cache_the_hubs_client_finds_it_too(hub, tmp_path):
     assert folder == tmp_path / "hf/hub/models--owner--small/snapshots" / COMMIT and contents(folder) == FILES
     found = snapshot_download(REPO, revision=COMMIT, cache_dir=tmp_path / "hf/hub", local_files_only=True)
     assert Path(found) == folder
-
-
-def test_large_files_come_from_where_the_hub_redirects_and_the_token_is_not_carried_there(hub, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    fetch()
-    tokens = {path.startswith("/redirected/") or not path.startswith("/" + sha256(WEIGHTS)): token for _, path, _, token in hub.asked
-              if FIRST in path}
-    assert tokens == {True: "Bearer hf_secret", False: None}
 
 
 def test_a_dry_run_tells_the_size_and_neither_writes_nor_fetches(hub, tmp_path):
@@ -120,57 +59,6 @@ def test_a_folder_holds_one_commit_of_one_repository(hub, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/thesis.txt").write_text("mine")
     only_error(ValueError, "no fetch put there", folder=tmp_path / "full")
-
-
-def test_a_cut_body_is_taken_up_where_it_broke(hub, waits):
-    hub.faults = {FIRST: [("cut", 100_000), ("cut", 50_000)]}
-    folder, _ = fetch()
-    assert [start for name, start in hub.bodies_asked() if name == FIRST] == [0, 100_000, 150_000]
-    assert contents(folder) == FILES
-
-
-def test_a_fetch_that_broke_off_for_good_is_taken_up_by_the_next(hub, waits):
-    hub.faults = {SECOND: [("cut", 100_000)] + [("drop",)] * 6}
-    only_error(CheckpointNotFetched, SECOND, REPO, "did not answer, or the connection was cut", "run the same command again")
-    hub.faults, hub.asked = {}, []
-    folder, told = fetch()
-    assert hub.bodies_asked() == [(SECOND, 100_000)] + [(name, 0) for name in list(FILES)[3:]] and contents(folder) == FILES
-    assert f"{(len(WEIGHTS) - 100_000 + sum(len(FILES[n]) for n in list(FILES)[3:])) / 1e6:.3f} MB to fetch" in told
-
-
-def test_two_fetches_at_once_download_every_file_once(hub):
-    with ThreadPoolExecutor(2) as pool:
-        both = list(pool.map(lambda _: fetch()[0], range(2)))
-    assert both[0] == both[1] and contents(both[0]) == FILES and sorted(hub.bodies_asked()) == sorted((name, 0) for name in FILES)
-
-
-def test_a_host_that_ignores_ranges_sends_all_again(hub, waits):
-    hub.faults = {FIRST: [("cut", 100_000), ("no ranges",)]}
-    assert contents(fetch()[0]) == FILES
-
-
-@pytest.mark.parametrize("fault, next_start", [("short", 1000), ("longer", 0)])
-def test_a_body_of_another_length_is_refused_and_completed_by_the_next(hub, fault, next_start):
-    hub.faults = {FIRST: [(fault, 1000)]}
-    only_error(CheckpointNotFetched, FIRST, "another number of bytes")
-    hub.asked.clear()
-    assert contents(fetch()[0]) == FILES and (FIRST, next_start) in hub.bodies_asked()
-
-
-@pytest.mark.parametrize("name, kind", [(FIRST, "sha256"), ("config.json", "git sha1")])
-def test_wrong_content_is_refused_named_and_removed_and_completed_by_the_next(hub, tmp_path, name, kind):
-    hub.faults = {name: [("corrupt",)]}
-    only_error(CheckpointRefused, name, kind, "removed", folder=tmp_path / "here")
-    assert name not in contents(tmp_path / "here") and not list((tmp_path / "here").rglob("*.safetensors.part"))
-    assert contents(fetch(folder=tmp_path / "here")[0]) == FILES
-
-
-def test_a_host_that_offers_another_hash_is_refused_before_a_byte_of_it_is_fetched(hub):
-    hub.offers_other_hash = {FIRST}
-    only_error(CheckpointRefused, FIRST, sha256(b"something else"), sha256(WEIGHTS))
-    assert FIRST not in dict(hub.bodies_asked())
-    hub.offers_other_hash = set()
-    assert contents(fetch()[0]) == FILES
 
 
 def test_a_poisoned_file_on_the_disk_is_named_offline_and_replaced_online(hub, monkeypatch):
@@ -200,111 +88,116 @@ def test_a_snapshot_that_the_client_calls_whole_offline_is_not_taken_for_whole(h
     only_error(CheckpointNotFetched, "no record here")
 
 
-def test_files_that_the_hubs_client_fetched_before_are_checked_and_used(hub, tmp_path):
-    from huggingface_hub import hf_hub_download
-
-    hf_hub_download(REPO, FIRST, revision=COMMIT, cache_dir=tmp_path / "hf/hub", endpoint=hub.endpoint)
-    hub.asked.clear()
-    assert contents(fetch()[0]) == FILES and FIRST not in dict(hub.bodies_asked())
-
-
-def test_a_rate_limit_is_waited_out_as_long_as_the_host_asks(hub, waits):
-    hub.faults = {FIRST: [("status", 429, {"Retry-After": "7"})]}
-    assert contents(fetch()[0]) == FILES and waits == [8.0]  # the client adds a second
-
-
-def test_a_rate_limit_that_stays_is_told_and_a_rerun_completes(hub, waits):
-    hub.faults = {"config.json": [("status", 429, {"Retry-After": "7"})] * 6}
-    only_error(CheckpointNotFetched, "config.json", "limits the rate", "asks to wait 7 s", "HF_TOKEN", "no token is set")
-    assert contents(fetch()[0]) == FILES
-    hub.api_fault = (429, {"Retry-After": "31"})
-    only_error(CheckpointNotFetched, "asks to wait 31 s", name="owner/other")
-
-
-def test_a_gated_repository_says_where_to_accept_its_terms_and_opens_to_a_token(hub, monkeypatch):
-    hub.gated = {REPO: "hf_mine"}
-    only_error(CheckpointNotFetched, "gated", f"{hub.endpoint}/{REPO}", "HF_TOKEN", "no token is set")
-    monkeypatch.setenv("HF_TOKEN", "hf_mine")
-    assert contents(fetch()[0]) == FILES
-
-
-@pytest.mark.parametrize("name, words", [("owner/other", ("no such repository", "private", "HF_TOKEN")),
-                                         (f"{REPO}@v9", ("no revision 'v9'",)), (f"{REPO}@{LATER}", ("no revision",))])
-def test_what_is_not_there_is_told_in_one_line(hub, name, words):
-    only_error(CheckpointNotFetched, *words, name=name)
-
-
-@pytest.mark.parametrize("status, words", [(401, "refuses access (401)"), (403, "refuses access (403)"), (503, "fault of its own (503)"),
-                                           (418, "answered 418")])
-def test_other_answers_are_told_with_their_number(hub, status, words):
-    hub.api_fault = (status, {})
-    only_error(CheckpointNotFetched, words)
-
-
-def test_a_listed_file_that_the_host_lost_is_named(hub):
-    plan = plan_checkpoint(f"{REPO}@{COMMIT}")
-    del hub.commits[REPO][COMMIT]["LICENSE"]
-    place = checkpoints._place(plan.asked, None)
-    checkpoints._record_with(plan, place).write(place.record)
-    only_error(CheckpointNotFetched, "LICENSE", "does not have it")
-
-
-def test_a_host_that_does_not_answer_is_named(hub, monkeypatch):
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    only_error(CheckpointNotFetched, "http://127.0.0.1:9", "did not answer", "HF_ENDPOINT")
-
-
-def test_too_small_a_disk_is_told_before_anything_is_fetched(hub, monkeypatch):
-    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: argparse.Namespace(free=500_000))
-    only_error(CheckpointNotFetched, "needs 0.614 MB more", "0.500 MB are free", "HF_HOME")
-    assert not hub.bodies_asked()
+def _state(folder):
+    """Every file and link below a folder with what it holds or points to."""
+    found = {path: os.readlink(path) if path.is_symlink() else (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*")
+             if path.is_symlink() or path.is_file()}
+    return {str(path.relative_to(folder)): held for path, held in found.items() if "etastar" not in str(path.relative_to(folder))}
 
 
 @pytest.fixture
-def trap(tmp_path):
-    """(a pickle that writes a file when it is read, that file)."""
-    sprung = tmp_path / "sprung"
+def snapshot(hub, tmp_path):
+    """(folder of the cache, snapshot) that the hub's own client fetched, with a file in it that the kit would leave."""
+    from huggingface_hub import snapshot_download
 
-    class Trap:
-        def __reduce__(self):
-            return Path.touch, (sprung,)
-
-    body = pickle.dumps(Trap())
-    pickle.loads(body)
-    assert sprung.exists()  # the trap works
-    sprung.unlink()
-    return body, sprung
+    hub.put(REPO, COMMIT, FILES | {"optimizer.bin": b"not ours"})
+    return tmp_path / "hf/hub", Path(snapshot_download(REPO, revision=COMMIT, cache_dir=tmp_path / "hf/hub", endpoint=hub.endpoint))
 
 
-def test_a_pickle_beside_the_weights_is_neither_downloaded_nor_opened(hub, trap, tmp_path):
-    body, sprung = trap
-    code = {"pytorch_model.bin": body, "optimizer.pkl": body, "modeling_small.py": b"raise SystemExit", "old/model.safetensors": b"old"}
-    hub.put(REPO, COMMIT, FILES | code)
-    folder, told = fetch(folder=tmp_path / "here")
-    assert contents(folder) == FILES and all(name in told for name in code)
-    assert not {"pytorch_model.bin", "optimizer.pkl", "modeling_small.py"} & {path.rsplit("/")[-1] for _, path, _, _ in hub.asked}
-    (folder / "pytorch_model.bin").write_bytes(body)
-    opened = _opened_by(f"{REPO}@{COMMIT}", folder)
-    assert str(folder / FIRST) in opened and not any(path.endswith((".bin", ".pkl")) for path in opened) and not sprung.exists()
+def test_a_snapshot_of_the_hubs_client_is_used_and_left_as_it_was(hub, snapshot):
+    cache, folder = snapshot
+    before = _state(cache)
+    assert (folder / FIRST).is_symlink() and (folder / "optimizer.bin").exists()
+    hub.forget()
+    assert fetch()[0] == folder and not hub.bodies_asked() and _state(cache) == before
+    assert find_fetched(f"{REPO}@{COMMIT}") == folder
 
 
-def _opened_by(name, folder):
-    """Every path that a process opens while it finds a whole checkpoint again."""
-    code = ("import sys; from etastar.hub.checkpoints import fetch_checkpoint; seen = []\n"
-            "sys.addaudithook(lambda event, args: seen.append(str(args[0])) if event == 'open' else None)\n"
-            f"fetch_checkpoint({name!r}, {str(folder)!r}); print('\\n'.join(seen))")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+def test_a_damaged_file_of_a_snapshot_is_replaced_and_the_links_stay(hub, snapshot):
+    from huggingface_hub import scan_cache_dir
+
+    cache, folder = snapshot
+    before = {name: held for name, held in _state(cache).items() if isinstance(held, str)}
+    (folder / FIRST).write_bytes(WEIGHTS[::-1])  # through the link, so the blob is what is damaged
+    hub.forget()
+    _, told = fetch()
+    assert f"removed and fetched again: {FIRST} has sha256" in told and hub.bodies_asked() == [(FIRST, 0)]
+    assert {name: held for name, held in _state(cache).items() if isinstance(held, str)} == before
+    assert contents(folder) == FILES | {"optimizer.bin": b"not ours"}
+    told = scan_cache_dir(cache)
+    assert not told.warnings and {file.file_name for repo in told.repos for r in repo.revisions for file in r.files} == {
+        *FILES, "optimizer.bin"}
 
 
-def test_a_repository_of_pickles_alone_is_refused_with_the_reason(hub, trap):
-    body, sprung = trap
-    hub.put("owner/old", COMMIT, {"config.json": b"{}", "pytorch_model.bin": body})
-    only_error(CheckpointRefused, "pytorch_model.bin", "can run whatever code it holds", "safetensors", name="owner/old")
-    assert not hub.bodies_asked() and not sprung.exists()
-    hub.put("owner/card", COMMIT, {"README.md": b"soon"})
-    only_error(CheckpointRefused, "holds no *.safetensors", name="owner/card")
+def test_files_that_another_commit_has_are_not_fetched_again(hub, tmp_path):
+    from huggingface_hub import hf_hub_download
+
+    hub.put(REPO, LATER, FILES | {"README.md": b"Another card."})
+    hf_hub_download(REPO, FIRST, revision=LATER, cache_dir=tmp_path / "hf/hub", endpoint=hub.endpoint)
+    hub.forget()
+    assert contents(fetch()[0]) == FILES and FIRST not in dict(hub.bodies_asked())
+    hub.forget()
+    folder, told = fetch(f"{REPO}@{LATER}")
+    assert contents(folder) == FILES | {"README.md": b"Another card."} and hub.bodies_asked() == [("README.md", 0)]
+    assert f"of which {13 / 1e6:.3f} MB to fetch" in told
+
+
+def test_settings_count_as_they_stand_when_a_checkpoint_is_fetched(hub, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    assert hub.endpoint != constants.ENDPOINT and str(tmp_path) not in constants.HF_HUB_CACHE  # read when the client was imported
+    assert fetch()[0].is_relative_to(tmp_path / "hf/hub")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "mine"))
+    assert fetch()[0].is_relative_to(tmp_path / "mine")
+
+
+def test_what_was_fetched_is_found_by_name_without_the_network(hub, tmp_path, monkeypatch):
+    listed_as(tmp_path, monkeypatch)
+    folder, _ = fetch(f"{REPO}@main")
+    own, _ = fetch(folder=tmp_path / "own")
+    hub.close()
+    for name in (REPO, f"{REPO}@main", f"{REPO}@{COMMIT}", "Small", "small", folder, str(folder)):
+        assert find_fetched(name) == folder
+    assert find_fetched(own) == own
+    monkeypatch.chdir(own.parent)
+    assert find_fetched("own") == Path("own")
+
+
+@pytest.mark.parametrize("name, words", [
+    (f"{REPO}@v2", f"{REPO} at v2 was not fetched into .*`etastar fetch checkpoint {REPO}@v2` fetches it"),
+    ("owner/other", "no folder owner/other .*`etastar fetch checkpoint owner/other@main`"),
+    ("Small", "`etastar fetch checkpoint Small`"),
+    ("Large", "no folder Large with a config.json, and no checkpoint 'Large'; there are Small"),
+    ("a/b/c", "no folder a/b/c with a config.json, and a checkpoint is a name")])
+def test_what_was_not_fetched_is_told_with_the_command_that_fetches_it(hub, tmp_path, monkeypatch, name, words):
+    listed_as(tmp_path, monkeypatch, repo="owner/unfetched")
+    fetch()
+    with pytest.raises(ValueError, match=words):
+        find_fetched(name)
+
+
+def test_what_is_not_whole_is_not_found_and_the_command_goes_on_with_it(hub):
+    folder, _ = fetch()
+    (folder / SECOND).unlink()
+    (folder / "LICENSE").write_bytes(b"short")
+    with pytest.raises(ValueError, match=f"not whole in .*: {SECOND} is missing; LICENSE .*`etastar fetch checkpoint {REPO}@{COMMIT}`"):
+        find_fetched(f"{REPO}@{COMMIT}")
+    fetch()
+    assert find_fetched(f"{REPO}@{COMMIT}") == folder
+
+
+def test_a_poisoned_file_is_gone_even_where_the_download_of_the_right_one_fails(hub, tmp_path):
+    folder, _ = fetch(folder=tmp_path / "here")
+    (folder / SECOND).write_bytes(WEIGHTS)
+    hub.faults = {SECOND: [("status", 500, {})]}
+    only_error(CheckpointNotFetched, SECOND, "(500)", folder=folder)
+    assert contents(folder) == {name: body for name, body in FILES.items() if name != SECOND}
+    assert contents(fetch(folder=folder)[0]) == FILES
+
+
+def test_a_fetch_that_was_killed_before_its_record_is_no_foreign_folder(hub, tmp_path):
+    (tmp_path / "here/.cache/etastar-parts").mkdir(parents=True)
+    assert contents(fetch(folder=tmp_path / "here")[0]) == FILES
 
 
 def test_weights_that_nobody_listed_beside_the_fetched_ones_are_refused(hub, tmp_path):
@@ -322,7 +215,7 @@ def listed_as(tmp_path, monkeypatch, **changes):
     """data/checkpoints.toml with one made-up checkpoint in it, called Small."""
     fields = {"repo": REPO, "former_repo": "", "revision": "main", "reported_revision": "", "licence": "MIT", "paper": "", "what": "",
               "architecture": "granite", "params_about": 1e5, "stored_as": "float32", "bytes_about": 6e5, "shard_bytes_about": [],
-              "notes": []} | changes
+              "notes": [], "batch_tokens": 4096, "horizon_tokens": 1e6, "cooldown_fraction": 0.2} | changes
     hashes = fields.pop("sha256", {})
     lines = [f"{key} = {json.dumps(item)}" for key, item in fields.items()] + ["[Small.sha256]"]
     (tmp_path / "list.toml").write_text("\n".join(["[Small]", *lines, *(f'"{name}" = "{item}"' for name, item in hashes.items())]))
@@ -336,6 +229,15 @@ def test_a_hash_of_the_list_is_held_to_for_large_and_small_files(hub, tmp_path, 
     only_error(CheckpointRefused, FIRST, "0" * 64, "checkpoints.toml", name="Small", folder=tmp_path / "a")
     listed_as(tmp_path, monkeypatch, sha256={"config.json": "0" * 64})
     only_error(CheckpointRefused, "config.json", "0" * 64, name="Small", folder=tmp_path / "b")
+
+
+def test_a_hash_that_the_list_has_later_holds_for_what_was_fetched_before(hub, tmp_path, monkeypatch):
+    listed_as(tmp_path, monkeypatch)
+    fetch("Small")
+    listed_as(tmp_path, monkeypatch, sha256={FIRST: "0" * 64})
+    only_error(CheckpointRefused, FIRST, "0" * 64, "checkpoints.toml", name="Small")
+    listed_as(tmp_path, monkeypatch, sha256={"config.json": "0" * 64})
+    only_error(CheckpointRefused, "config.json", "0" * 64, name="Small")
 
 
 def test_a_commit_other_than_the_reported_one_is_told_and_not_refused(hub, tmp_path, monkeypatch):

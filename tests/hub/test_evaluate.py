@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,9 +11,11 @@ import pandas as pd
 import pytest
 import torch
 
-from etastar.hub import evaluate as evaluation
-from etastar.hub.evaluate import data_revision, evaluate
-from etastar.hub.scores import benchmarks, beside_published, find_published, published
+from etastar.hub import evaluate as evaluating
+from etastar.hub.evaluate import data_revision, eval_command, evaluate
+from etastar.hub.evaluation import read_evaluation
+from etastar.hub.record import RECORD, HubFile, Record
+from etastar.hub.scores import average, averaged, benchmarks, beside_published, best_beside, find_published, printed_average, published
 
 ITEMS = [("two and two are", [" four", " five hundred"], 0), ("the sky is", [" green", " blue"], 1), ("water is", [" wet", " dry"], 0),
          ("a dog can", [" bark", " fly to the moon and back"], 1), ("ice is", [" cold", " hot"], 1), ("snow is", [" white", " black"], 0),
@@ -63,7 +66,7 @@ def tasks(tmp_path, monkeypatch):
     """A folder of two tasks in the harness's own format, and every cache inside the test's folder."""
     for name, folder in (("ETASTAR_CACHE", "cache"), ("HF_HOME", "hf"), ("HF_DATASETS_CACHE", "hf/datasets")):
         monkeypatch.setenv(name, str(tmp_path / folder))
-    if evaluation.importlib.util.find_spec("datasets"):
+    if evaluating.importlib.util.find_spec("datasets"):
         import datasets
 
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf/datasets")
@@ -126,13 +129,54 @@ def test_how_it_was_evaluated_is_recorded(checkpoint, tasks):
     assert (task["items"], task["shots"], task["revision"], task["dataset"]) == (3, 0, None, "json") and len(task["items_sha256"]) == 64
     more = evaluate(checkpoint, "small_facts", limit=4, task_folder=tasks).settings["tasks"]["small_facts"]
     assert more["items_sha256"] != task["items_sha256"] and json.dumps(told)
+    assert told["groups"] == {} and told["checkpoint"]["folder"] == str(checkpoint)
 
 
-def test_the_command_shows_scores_and_settings(checkpoint, tasks):
-    options = SimpleNamespace(checkpoint=checkpoint, tasks=["small_facts"], limit=None, dtype="float32", batch_size=8, device=None,
-                              task_folder=tasks, run_code=False, published=None)
-    shown = evaluation.eval_command(options)
-    assert list(shown) == ["scores", "settings"] and _row(shown["scores"], "small_facts", "acc")["items"] == 7
+def _options(checkpoint, tasks, results, **changes):
+    given = dict(checkpoint=str(checkpoint), tasks=["small_facts"], limit=None, dtype="float32", batch_size=8, device="cpu",
+                 task_folder=tasks, run_code=False, published=None, results=str(results))
+    return SimpleNamespace(**given | changes)
+
+
+def test_the_command_keeps_the_evaluation_under_the_folders_name_and_shows_it(checkpoint, tasks, tmp_path):
+    shown = eval_command(_options(checkpoint, tasks, tmp_path / "kept"))
+    assert list(shown) == ["scores", "settings", "kept in"] and _row(shown["scores"], "small_facts", "acc")["items"] == 7
+    kept = read_evaluation(shown["kept in"])
+    assert Path(shown["kept in"]) == tmp_path / "kept" / checkpoint.name
+    pd.testing.assert_frame_equal(kept.scores, shown["scores"])
+    assert kept.settings == shown["settings"] and len(kept.items) == 2 * 7
+
+
+def test_a_part_never_takes_the_place_of_the_whole(checkpoint, tasks, tmp_path):
+    first = [eval_command(_options(checkpoint, tasks, tmp_path, limit=limit))["kept in"] for limit in (3, 5, 4, None)]
+    name = str(tmp_path / checkpoint.name)
+    assert first == [name, name, f"{name}-2", name]
+    options = _options(checkpoint, tasks, tmp_path)
+    both = eval_command(SimpleNamespace(**vars(options) | {"tasks": ["small_facts", "small_text"]}))["kept in"]
+    assert both == name and eval_command(options)["kept in"] == f"{name}-2"
+    other = tmp_path / "other" / checkpoint.name
+    other.mkdir(parents=True)
+    (other / "notes.txt").write_text("mine")
+    assert eval_command(_options(checkpoint, tasks, tmp_path / "other"))["kept in"] == f"{other}-2"
+
+
+def test_a_checkpoint_that_was_fetched_is_evaluated_by_its_name_beside_its_own_printed_scores(checkpoint, tasks, tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    repo, commit = "ibm-research/PowerLM-3b", "5" * 40
+    storage = tmp_path / "hf" / "hub" / "models--ibm-research--PowerLM-3b"
+    shutil.copytree(checkpoint, storage / "snapshots" / commit)
+    files = tuple(HubFile(path.name, path.stat().st_size, sha256="0" * 64) for path in (storage / "snapshots" / commit).iterdir())
+    Record(repo, {"main": commit}, {commit: files}).write(storage / RECORD)
+    asked = []
+    monkeypatch.setattr(evaluating.Evaluation, "beside", lambda self, model: asked.append(model) or self.scores)
+    shown = eval_command(_options("powerlm-3b", tasks, tmp_path / "kept", limit=2))
+    assert shown["kept in"] == str(tmp_path / "kept" / "PowerLM-3B") and asked == ["PowerLM-3B"]
+    told = shown["settings"]["checkpoint"]
+    assert (told["repo"], told["commit"]) == (repo, commit) and "run_id" not in told
+    assert list(shown) == ["scores", "beside the published scores of PowerLM-3B (points)", "settings", "kept in"]
+    assert eval_command(_options(f"{repo}@main", tasks, tmp_path / "kept", published="gemma2-2b", limit=2)) and asked[1] == "Gemma2-2B"
+    with pytest.raises(ValueError, match="etastar fetch checkpoint PowerMoE-3B"):
+        eval_command(_options("PowerMoE-3B", tasks, tmp_path / "kept"))
 
 
 @pytest.mark.slow  # the harness reads all its tasks
@@ -147,7 +191,7 @@ def _row(scores: pd.DataFrame, task: str, metric: str) -> dict:
 
 
 def test_what_cannot_be_evaluated_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(evaluating.importlib.util, "find_spec", lambda name: object())
     with pytest.raises(ValueError, match="is no folder of a transformers checkpoint with safetensors"):
         evaluate(tmp_path, ["piqa"])
     (tmp_path / "config.json").write_text("{}")
@@ -157,15 +201,15 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_loaded(tmp_path,
     monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
     with pytest.raises(ValueError, match="humaneval, mbpp runs programs that the model wrote"):
         evaluate(tmp_path, ["humaneval", "mbpp"], run_code=True)
-    monkeypatch.setattr(evaluation.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(evaluating.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'etastar\[eval\]'"):
         evaluate(tmp_path, ["piqa"])
 
 
 def test_the_papers_benchmarks_are_asked_with_their_shots_and_none_of_them_runs_code_unasked():
-    asked = evaluation._asked(None)
+    asked = evaluating._asked(None)
     assert asked["mmlu"] == 5 and asked["gsm8k_cot"] == 8 and asked["arc_challenge"] == 0 and "wikitext" in asked
-    assert not {"humaneval", "mbpp"} & set(asked) and evaluation._asked(["mbpp", "lambada_openai"]) == {"mbpp": 0, "lambada_openai": None}
+    assert not {"humaneval", "mbpp"} & set(asked) and evaluating._asked(["mbpp", "lambada_openai"]) == {"mbpp": 0, "lambada_openai": None}
 
 
 FIRST, SECOND = "a" * 40, "b" * 40
@@ -198,16 +242,16 @@ def _leaf_names(spec) -> list[str]:
 def test_task_data_are_pinned_at_the_commit_they_were_first_loaded_at(tmp_path, monkeypatch):
     monkeypatch.setenv("ETASTAR_CACHE", str(tmp_path / "cache"))
     manager = Manager()
-    loaded = evaluation._load(manager, "piqa", 0, {})
+    loaded = evaluating._load(manager, "piqa", 0, {})
     assert manager.specs == ["piqa"] and data_revision(loaded["piqa"].dataset) == FIRST
-    evaluation._load(manager, "piqa", 0, {})
+    evaluating._load(manager, "piqa", 0, {})
     assert manager.specs[1] == {"group": "pinned", "task": [{"task": "piqa", "dataset_kwargs": {"revision": FIRST}}]}
-    evaluation._load(manager, "mmlu", 5, {"mmlu": SECOND})
+    evaluating._load(manager, "mmlu", 5, {"mmlu": SECOND})
     pinned = [{"task": f"mmlu_{n}", "dataset_kwargs": {"revision": SECOND}} for n in ("one", "two")]
     assert manager.specs[2:] == ["mmlu", {"group": "pinned", "task": pinned}]
     manager.offline_at = SECOND
     with pytest.raises(ValueError, match=f"the data of piqa are at {SECOND} and pinned at {FIRST}"):
-        evaluation._load(manager, "piqa", 0, {})
+        evaluating._load(manager, "piqa", 0, {})
 
 
 @pytest.mark.slow  # the harness reads all its tasks
@@ -227,7 +271,7 @@ def test_the_harness_takes_a_pin_into_every_task_of_a_group(name, shots, tmp_pat
         return datasets.DatasetDict({split: datasets.Dataset.from_list([row]) for split in ("train", "dev", "validation", "test")})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    tasks = evaluation._load(TaskManager(), name, shots, {name: FIRST})
+    tasks = evaluating._load(TaskManager(), name, shots, {name: FIRST})
     assert len(tasks) == {"mmlu": 57, "piqa": 1}[name] and {revision for _, revision in asked[-len(tasks):]} == {FIRST}
     assert all(leaf.startswith(name) and task.get_config("num_fewshot") == shots for leaf, task in tasks.items())
 
@@ -237,15 +281,16 @@ def test_data_from_local_files_have_no_commit():
     assert data_revision({"test": SimpleNamespace(cache_files=[{"filename": f"/hf/json/default/0.0.0/{'c' * 64}/test.arrow"}])}) is None
 
 
-def test_a_group_has_a_score_over_all_its_items_and_a_metric_that_is_no_mean_has_no_error():
+def test_a_group_has_a_score_over_all_its_items_and_a_metric_that_is_no_mean_has_no_error_and_no_group():
     rows = [("a", "acc", "none", i, float(i < 1), 1.0, "") for i in range(2)] + [("b", "acc", "none", i, 1.0, 1.0, "") for i in range(6)]
-    rows += [("b", "median", "none", i, float(i), 1.0, "") for i in range(6)]
+    rows += [(task, "median", "none", i, float(i), 1.0, "") for task in "ab" for i in range(6)]
     items = pd.DataFrame(rows, columns=["task", "metric", "filter", "item", "above", "below", "doc_hash"])
-    results = {"a": {"acc,none": 0.5}, "b": {"acc,none": 1.0, "median,none": 3.0}}
-    scores = evaluation._scores(items, results, {"group": {"a": None, "b": None}})
+    results = {"a": {"acc,none": 0.5, "median,none": 3.0}, "b": {"acc,none": 1.0, "median,none": 3.0}}
+    scores = evaluating._scores(items, results, {"group": {"a": None, "b": None}})
     assert _row(scores, "group", "acc") == {"task": "group", "metric": "acc", "filter": "none", "value": 7 / 8, "items": 8,
                                             "se": pytest.approx(np.std([1, 0, 1, 1, 1, 1, 1, 1], ddof=1) / math.sqrt(8))}
     assert math.isnan(_row(scores, "b", "median")["se"]) and _row(scores, "b", "median")["value"] == 3.0
+    assert scores.loc[scores["task"] == "group", "metric"].tolist() == ["acc"]
 
 
 def _scores(**values) -> pd.DataFrame:
@@ -286,6 +331,41 @@ def test_what_the_paper_does_not_say_how_to_measure_is_shown_and_not_judged():
     assert (row["score"], row["se"], row["verdict"]) == (pytest.approx(60.5), pytest.approx(50 * math.hypot(0.01, 0.02)), "untested")
     assert "does not say what its ARC is" in row["reason"] and row["items"] == 3000
     assert beside_published(scores.iloc[:1], "PowerLM-3B").empty  # half of ARC is not ARC
+
+
+FIVE = {"boolq__acc": (0.75, 0.008, 3270), "hellaswag__acc_norm": (0.74, 0.004, 10042), "openbookqa__acc_norm": (0.40, 0.022, 500),
+        "piqa__acc_norm": (0.80, 0.009, 1838), "winogrande__acc": (0.70, 0.013, 1267)}
+
+
+def test_printed_averages_are_of_the_zero_shot_benchmarks_whose_reading_is_printed():
+    assert [b.name for b in averaged("PowerLM-3B")] == ["boolq", "hellaswag", "openbookqa", "piqa", "winogrande"]
+    printed = {"PowerLM-3B": 68.02, "Gemma2-2B": 67.06, "Qwen1.5-4B": 66.08, "PowerMoE-3B": 64.32, "Qwen2-1.5B": 63.16,
+               "SmolLM-1.7B": 61.98, "Qwen1.5-1.8B": 59.24}
+    assert {name: printed_average(name) for name in published()} == pytest.approx(printed, abs=1e-9)
+    assert best_beside("PowerLM-3B") == ("Gemma2-2B", pytest.approx(67.06))
+    assert best_beside("PowerMoE-3B") == ("Qwen2-1.5B", pytest.approx(63.16))
+    with pytest.raises(ValueError, match="no model is printed beside Gemma2-2B"):
+        best_beside("Gemma2-2B")
+
+
+def test_an_average_of_scores_has_the_error_of_independent_draws_and_needs_all_of_them():
+    found = average(_scores(**FIVE, arc_easy__acc_norm=(0.1, 0.1, 100)), "PowerLM-3B")
+    assert found.value == pytest.approx(67.8) and found.n == 16917 and found.unit == "points"
+    assert found.se == pytest.approx(100 * math.sqrt(0.008**2 + 0.004**2 + 0.022**2 + 0.009**2 + 0.013**2) / 5)
+    for name in FIVE:
+        assert average(_scores(**{other: told for other, told in FIVE.items() if other != name}), "PowerLM-3B") is None
+
+
+def test_the_mean_stands_last_beside_the_published_ones_with_its_own_margin():
+    *_, row = beside_published(_scores(**FIVE), "PowerLM-3B").to_dict("records")
+    assert row["benchmark"] == "mean of BoolQ, HellaSwag, OpenBookQA, PIQA, WinoGrande"
+    assert (row["score"], row["published"], row["difference"]) == (pytest.approx(67.8), pytest.approx(68.02), pytest.approx(-0.22))
+    assert (row["margin"], row["items"], row["verdict"]) == (1.5, 16917, "reproduced") and row["low"] < 67.8 < row["high"]
+    assert (row["Gemma2-2B"], row["Qwen1.5-4B"]) == (pytest.approx(67.06), pytest.approx(66.08))
+    low = beside_published(_scores(**FIVE | {"hellaswag__acc_norm": (0.55, 0.005, 10042)}), "PowerLM-3B")
+    assert low["verdict"].iloc[-1] == "contradicted" and low["score"].iloc[-1] == pytest.approx(64.0)
+    four = {name: told for name, told in FIVE.items() if name != "boolq__acc"}
+    assert len(beside_published(_scores(**four), "PowerLM-3B")) == 4
 
 
 @pytest.mark.slow  # the harness reads all its tasks

@@ -6,23 +6,31 @@ import json
 import os
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 import tiny
 from etastar.engine.execute import run
-from etastar.engine.run import Run, UnfinishedRun
+from etastar.engine.run import Run, UnfinishedRun, find_run
+from etastar.hub.card import without_folders
 from etastar.hub.export import export, export_command
 from etastar.hub.folders import load_checkpoint
-from etastar.recipe import Corpus, Mixture, MuP
+from etastar.recipe import CompleteP, Corpus, Mixture, MuP
 from etastar.text.corpora import prepare
 
 transformers = pytest.importorskip("transformers")
 
 SHARED = dataclasses.replace(tiny.MODEL, head_dim=8, kv_heads=2, tied=False, ffn_width=48, rope_theta=500.0)
 MUP = MuP(base_width=16, init_std=0.1, embedding_multiplier=11.3, residual_multiplier=0.22)
+SHAPES = {"text": ("granite", True, 2), "shared": ("granite", False, 2), "deep": ("granite", True, 2), "symbols": ("granitemoe", False, 2)}
+MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
+SCALARS = {"text": (1, 1, 1 / 4, 1), "shared": (11.3, 0.22, 1 / 8, 2), "deep": (1, 1 / 2, 1 / 8, 2), "symbols": (11.3, 0.22, 1 / 8, 2)}
 TEXT = "def f(x):\n\treturn  x+1  # naïve, 日本語 \U0001f600\r\n\n  'It''s' . <|endoftext|> the end"
 
 
@@ -40,8 +48,10 @@ def runs(tmp_path_factory):
         (folder / f"{i}.txt").write_text("\n\t".join(" ".join(drawn.choices(words, k=20)) for _ in range(20)))
     before, os.environ["ETASTAR_CACHE"] = os.environ.get("ETASTAR_CACHE"), str(folder / "cache")
     try:
+        deep = CompleteP(base_width=16, base_depth=1, init_std=0.1)
         text = dict(corpus=Corpus(f"files:{folder}/*.txt", vocab=300), steps=6)
         kinds = {"text": tiny.recipe(**text), "shared": tiny.recipe(model=SHARED, parametrization=MUP, **text),
+                 "deep": tiny.recipe(model=dataclasses.replace(SHARED, tied=True), parametrization=deep, **text),
                  "symbols": tiny.recipe(steps=6, model=dataclasses.replace(SHARED, mixture=Mixture(4, 2)), parametrization=MUP),
                  "queries": tiny.recipe(steps=6, model=dataclasses.replace(tiny.MODEL, qk_norm=True))}
         yield dict(zip(kinds, run(list(kinds.values()), store=folder / "store", workers=1), strict=True))
@@ -49,12 +59,15 @@ def runs(tmp_path_factory):
         os.environ.pop("ETASTAR_CACHE") if before is None else os.environ.update(ETASTAR_CACHE=before)
 
 
-@pytest.mark.parametrize("kind", ["text", "shared", "symbols"])
+@pytest.mark.parametrize("kind", ["text", "shared", "deep", "symbols"])
 def test_a_run_goes_out_and_comes_back_with_the_same_bits(runs, kind, tmp_path):
     done = runs[kind]
     folder = export(done, tmp_path / "models" / "mine")
     assert folder == tmp_path / "models" / "mine" and [path.name for path in folder.parent.iterdir()] == ["mine"]
     ours, back = done.model(), load_checkpoint(folder)
+    told = json.loads((folder / "config.json").read_text())
+    assert (told["model_type"], told["tie_word_embeddings"], told["num_key_value_heads"]) == SHAPES[kind]
+    assert {name: told[name] for name in MULTIPLIERS} == pytest.approx(dict(zip(MULTIPLIERS, SCALARS[kind], strict=True)))
     assert back.parameters_by_name().keys() == ours.parameters_by_name().keys() and back.scalars == ours.scalars
     assert all(torch.equal(p, back.parameters_by_name()[name]) for name, p in ours.parameters_by_name().items())
     theirs, told = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
@@ -78,6 +91,11 @@ def test_the_exported_tokenizer_gives_the_ids_the_run_was_trained_on(runs, tmp_p
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (0, 0, 0)
     generation = transformers.GenerationConfig.from_pretrained(folder)
     assert (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id) == (0, 0, 0)
+    @given(st.text())
+    def comes_back(text):
+        assert theirs(text).input_ids == ours.encode(text).ids and theirs.decode(theirs(text).input_ids) == text
+
+    comes_back()
     assert held_out[0].encode() == "".join(held_out).encode()[: len(held_out[0].encode())]
 
 
@@ -104,11 +122,14 @@ def test_generation_goes_on_where_the_decoder_would(runs, tmp_path):
 def test_the_card_tells_recipe_corpus_loss_and_licence(runs, tmp_path):
     card = (export(runs["shared"], tmp_path / "mine") / "README.md").read_text()
     done = runs["shared"]
-    assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: text-generation\nlicense: other\n")
+    assert yaml.safe_load(card.split("---\n")[1]) == {"library_name": "transformers", "pipeline_tag": "text-generation", "license": "other",
+                                                      "tags": ["etastar", "granite", "learning-rate"]}
     assert f"{done.val_loss:.4f} nats per token" in card and "768 tokens in 6 steps of 128" in card
     assert "| Peak learning rate | 0.015625 |" in card
     assert f"{sum(p.numel() for p in done.model().parameters()):,} (" in card and prepare(done.recipe.corpus).fingerprint in card
-    assert json.loads(card.split("```json\n")[1].split("```")[0]) == json.loads(done.recipe.to_json())
+    told = json.loads(card.split("```json\n")[1].split("```")[0])
+    assert done.recipe.replace(corpus=Corpus("files:*.txt", vocab=300)) == type(done.recipe).from_json(json.dumps(told))
+    assert "trains it again, in the folder that holds its texts." in card
     assert "under their own terms, which the kit does not know" in card
     card = (export(runs["symbols"], tmp_path / "theirs") / "README.md").read_text()
     assert "license: apache-2.0" in card and "- granitemoe" in card and "made by the kit" in card
@@ -157,9 +178,54 @@ def test_an_export_is_replaced_by_the_next_and_nothing_else_is(runs, tmp_path):
     export(runs["text"], folder)
 
 
-@pytest.mark.parametrize("there, match", [("file", "is a file"), ("folder", "is no export of etastar"), ("run", "is no export of etastar")])
+def test_no_file_of_an_export_names_a_folder_of_this_machine(runs, tmp_path):
+    folder = export(runs["text"], tmp_path / "out")
+    texts = os.path.dirname(runs["text"].recipe.corpus.source.removeprefix("files:"))
+    own = {str(path) for path in (texts, runs["text"].store.path, tmp_path, Path.home(), Path.cwd())}
+    assert {path.name: name for path in folder.iterdir() for name in own if name.encode() in path.read_bytes()} == {}
+
+
+@pytest.mark.parametrize("source, told", [
+    ("files:/data/me/texts/*.txt", "files:*.txt"), ("files:/data/me/my texts/**/*.jsonl", "files:**/*.jsonl"),
+    ("files:~me/a.txt", "files:a.txt"), ('{"source":"files:/data/m\\"e/*.txt","vocab":300}', '{"source":"files:*.txt","vocab":300}'),
+    ("files:texts/*.txt", "files:texts/*.txt"), ("python", "python"), ("hf:owner/set@" + "0" * 40, "hf:owner/set@" + "0" * 40)])
+def test_a_corpus_of_files_is_told_without_their_folder(source, told):
+    assert without_folders(source) == told
+
+
+def test_a_run_of_a_store_that_was_moved_is_exported(runs, tmp_path):
+    done = runs["text"]
+    before = export(done, tmp_path / "before")
+    moved = Path(shutil.copytree(done.store.path, tmp_path / "store")).rename(tmp_path / "moved")
+    after = export(find_run(moved, done.run_id), tmp_path / "after")
+    assert {path.name: path.read_bytes() for path in after.iterdir()} == {path.name: path.read_bytes() for path in before.iterdir()}
+
+
+def test_the_working_folder_and_the_store_are_no_place_for_an_export(runs, tmp_path, monkeypatch):
+    (inner := tmp_path / "empty" / "inner").mkdir(parents=True)
+    monkeypatch.chdir(inner)
+    for place in (".", "..", inner):
+        with pytest.raises(ValueError, match="is the working folder, or holds it; name a folder of the export's own"):
+            export(runs["text"], place)
+    store = runs["text"].store.path
+    for place in (store, store / "out", runs["text"].path, store / ".nodes" / "out"):
+        with pytest.raises(ValueError, match="is in the store .* name a folder outside"):
+            export(runs["text"], place)
+    assert not list(inner.iterdir()) and not (store / "out").exists()
+    assert export(runs["text"], "out") == inner / "out"
+
+
+def test_a_pickle_in_an_export_is_in_the_way_and_not_opened(runs, tmp_path, trap):
+    folder = export(runs["text"], tmp_path / "out")
+    (folder / "pytorch_model.bin").write_bytes(trap[0])
+    with pytest.raises(ValueError, match="did not write, or was changed since: pytorch_model.bin"):
+        export(runs["text"], folder)
+    assert not trap[2].exists()
+
+
+@pytest.mark.parametrize("there, match", [("file", "is a file"), ("folder", "is no export of etastar")])
 def test_a_place_that_is_taken_is_refused_and_left_alone(runs, there, match, tmp_path):
-    place = runs["text"].path if there == "run" else tmp_path / "taken"
+    place = tmp_path / "taken"
     if there == "file":
         place.write_text("mine")
     if there == "folder":

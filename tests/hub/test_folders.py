@@ -4,6 +4,8 @@ import json
 import os
 import pickle
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from etastar.hub.folders import load_checkpoint
+from etastar.model.granite import granite_config, to_granite_state
+from etastar.model.parametrization import Scalars
+from etastar.model.shapes import parameter_shapes
+from etastar.recipe import Model
 
 transformers = pytest.importorskip("transformers")
 
@@ -90,7 +96,6 @@ def test_a_rotary_base_in_the_old_place_is_read(tmp_path):
 
 @pytest.mark.parametrize("kind", ["dense tied", "mixture untied"])
 def test_the_dtype_is_the_stored_one_or_the_one_that_is_said(kind, tmp_path):
-    exact = saved(tmp_path / "fp32", kind)
     saved(tmp_path / "fp32", kind).to(torch.bfloat16).save_pretrained(tmp_path / "bf16")
     assert {p.dtype for p in load_checkpoint(tmp_path / "bf16").parameters()} == {torch.bfloat16}
     widened = load_checkpoint(tmp_path / "bf16", dtype="float32")
@@ -100,10 +105,18 @@ def test_the_dtype_is_the_stored_one_or_the_one_that_is_said(kind, tmp_path):
         assert torch.equal(weight.float(), widened.parameters_by_name()[name])
     with pytest.raises(ValueError, match="dtype 'int8' is none"):
         load_checkpoint(tmp_path / "bf16", dtype="int8")
-    tokens_BxT = torch.randint(101, (3, 24), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_nearer_to_the_exact_logits_than_transformers_is(kind, dtype, tmp_path):
+    theirs = saved(tmp_path, kind).to(dtype)
+    ours, exact = load_checkpoint(tmp_path, dtype), load_checkpoint(tmp_path, dtype).float()
+    tokens_BxT = torch.randint(101, (8, 24), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        off = (rounded(tokens_BxT).float() - exact(tokens_BxT).logits).square().mean().sqrt() / exact(tokens_BxT).logits.std()
-    assert 1e-4 < off < 0.05  # bfloat16 has eight bits
+        wanted = exact(tokens_BxT)
+        off, theirs_off = ((found.float() - wanted).square().mean().sqrt() for found in (ours(tokens_BxT), theirs(tokens_BxT).logits))
+    assert 0 < off < theirs_off and off < 2 * torch.finfo(dtype).eps * wanted.std()
 
 
 def test_a_file_of_two_dtypes_asks_for_one(tmp_path):
@@ -121,6 +134,29 @@ def test_matrices_stay_mapped_from_the_file(tmp_path):
     weight = ours.parameters_by_name()["embedding"]
     mapped = [line.split()[0].split("-") for line in open("/proc/self/maps") if str(tmp_path / "model.safetensors") in line]
     assert any(int(low, 16) <= weight.data_ptr() < int(high, 16) for low, high in mapped)
+
+
+PEAK = """
+import re, sys, torch
+from etastar.hub.folders import load_checkpoint
+peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]) * 1024
+before = peak()
+ours = load_checkpoint(sys.argv[1], dtype="bfloat16")
+print(sum(p.numel() for p in ours.parameters()), peak() - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="no /proc/self/status here")
+def test_weights_that_are_converted_take_their_own_memory_and_not_that_of_the_file(tmp_path):
+    model = Model(width=512, depth=8, head_dim=64, context=64, ffn_width=2048)
+    shapes = parameter_shapes(model, 30_000)
+    state = to_granite_state({name: torch.full(shape, 0.5) for name, shape in shapes.items()}, model)
+    save_file(state, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(granite_config(model, 30_000, Scalars(1.0, 1.0, 1.0, 1.0))))
+    told = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path)], capture_output=True, text=True, check=True).stdout
+    params, grown = (int(word) for word in told.split())
+    assert params > 48e6  # 196 MB in the file, 98 MB as bfloat16, 61 MB the largest tensor
+    assert grown < 2 * params + 4 * 30_000 * 512 + 20e6
 
 
 @pytest.mark.parametrize("kind, change, match", [
@@ -205,7 +241,7 @@ def test_a_folder_that_is_not_whole_names_what_is_missing_or_damaged(tmp_path):
         with pytest.raises(ValueError, match=re.escape(str(second)) + rf" \({len(damaged):,} bytes\) is not a whole safetensors file"):
             load_checkpoint(tmp_path)
     second.unlink()
-    with pytest.raises(ValueError, match=f"is not whole: model.safetensors.index.json names {second.name}, not here"):
+    with pytest.raises(ValueError, match=f"lacks {second.name}, which its index names"):
         load_checkpoint(tmp_path)
     second.write_bytes(first.read_bytes())
     with pytest.raises(ValueError, match="model.safetensors.index.json and its shards disagree on"):

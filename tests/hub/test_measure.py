@@ -1,6 +1,7 @@
 """Checkpoints measured without being run: norms streamed in little memory; what the Power law says, against the paper's numbers."""
 
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -8,22 +9,23 @@ import sys
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from etastar.hub.measure import checkpoint_norms, power_law_says
 from etastar.model.norms import operator_norms
 
 MIB = 2**20
 PEAK = """
-import resource, sys, torch
+import re, sys, torch
 torch.set_num_threads(1)
 import etastar.model.norms
 from etastar.hub.measure import checkpoint_norms
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]) * 1024
+before = peak()
 rows = len(checkpoint_norms(sys.argv[1]))
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(rows, before * 1024, after * 1024)
-"""
+print(rows, before, peak())
+"""  # ru_maxrss will not do: it is at least what the parent had when it started this process
+has_proc = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="no /proc/self/status here")
 
 
 def granite_shapes(width: int, ffn_width: int, layers: int, vocab: int) -> dict[str, tuple[int, int]]:
@@ -58,6 +60,7 @@ def peak_bytes(path) -> tuple[int, int, int]:
     return rows, before, after
 
 
+@has_proc
 def test_memory_is_that_of_the_largest_tensor_not_of_the_file(tmp_path):
     """480 matrices of half a MiB each; all of them mapped at once would show as such."""
     size = write_bf16(tmp_path / "model.safetensors", {f"layers.{i}.up.weight": (8192, 32) for i in range(480)})
@@ -66,6 +69,7 @@ def test_memory_is_that_of_the_largest_tensor_not_of_the_file(tmp_path):
     assert after - before < 160 * MIB
 
 
+@has_proc
 @pytest.mark.slow
 def test_a_3b_checkpoint_is_measured_in_2_gb(tmp_path):
     """PowerLM-3B's matrices, in bf16: one of its forty layers after another takes no more than the first two."""
@@ -95,17 +99,43 @@ def test_norms_are_those_of_the_tensors_and_layers_are_numbered(tmp_path):
     assert found.drop(columns="layer").equals(operator_norms(tmp_path).set_index("name").loc[found.index])
 
 
+def test_every_expert_of_a_granitemoe_has_the_norms_of_its_own_matrices(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(6)
+    transformers.GraniteMoeForCausalLM(transformers.GraniteMoeConfig(
+        vocab_size=50, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=20,
+        max_position_embeddings=16, num_local_experts=5, num_experts_per_tok=2, initializer_range=0.1,
+        tie_word_embeddings=True)).save_pretrained(tmp_path)
+    tensors = {name: tensor.double().numpy() for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    found = checkpoint_norms(tmp_path).set_index(["name", "part", "slot", "role"]).sort_index()
+    assert len(found) == 2 + 2 * (4 + 1 + 5 * 3) and (found["shape"] != (40, 24)).all()
+    moe = "model.layers.1.block_sparse_moe"
+    for expert in range(5):
+        gate_up, back = tensors[f"{moe}.input_linear.weight"][expert], tensors[f"{moe}.output_linear.weight"][expert]
+        for part, matrix in (("gate", gate_up[:20]), ("up", gate_up[20:]), ("", back)):
+            name = f"{moe}.output_linear.weight" if matrix is back else f"{moe}.input_linear.weight"
+            told, (out, into) = found.loc[(name, part, expert, "hidden")], matrix.shape
+            assert told["shape"] == (out, into) and told["layer"] == 1
+            assert told["norm"] == told["rms_to_rms"] == pytest.approx(np.linalg.norm(matrix, 2) * (into / out) ** 0.5, rel=1e-9)
+            assert told["rms_to_inf"] == pytest.approx(np.linalg.norm(matrix, axis=1).max() * into**0.5, rel=1e-12)
+    router = tensors[f"{moe}.router.layer.weight"]
+    assert router.shape == (5, 24)
+    told = found.loc[(f"{moe}.router.layer.weight", "", 0, "hidden")]
+    assert told["spectral"] == pytest.approx(np.linalg.norm(router, 2), rel=1e-9)
+    assert found.loc[("model.embed_tokens.weight", "", 0)].index.tolist() == ["embedding", "output"]
+
+
 def test_what_is_no_checkpoint_is_refused_and_a_pickle_never_opened(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"never opened")
     with pytest.raises(ValueError, match="no safetensors file and no folder of any"):
         checkpoint_norms(tmp_path)
-    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "part-1.safetensors"}}')
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a.weight": "part-1.safetensors"}}')
     with pytest.raises(ValueError, match="lacks part-1.safetensors, which its index names"):
         checkpoint_norms(tmp_path)
     save_file({"a.weight": torch.ones(64, 64)}, tmp_path / "part-1.safetensors")
     whole = (tmp_path / "part-1.safetensors").read_bytes()
     (tmp_path / "part-1.safetensors").write_bytes(whole[:-100])
-    with pytest.raises(ValueError, match="part-1.safetensors is not a whole safetensors file"):
+    with pytest.raises(ValueError, match=r"part-1.safetensors \(16,364 bytes\) is not a whole safetensors file"):
         checkpoint_norms(tmp_path)
 
 

@@ -156,3 +156,15 @@ def test_what_cannot_be_asked_is_refused(corpus):
             perplexity(decoder(290), corpus, **given_)
     with pytest.raises(ValueError, match="vocabulary of 300 and corpus .* one of 290"):
         perplexity(decoder(300), corpus)
+
+
+def test_the_first_tokens_of_each_document_alone_can_be_asked_for(corpus):
+    tokens, model = prepare(corpus), decoder(prepare(corpus).vocab)
+    ends = [*tokens.validation_starts[1:], len(tokens.validation)]
+    begun = [np.asarray(tokens.validation[start:end][:9]) for start, end in zip(tokens.validation_starts, ends, strict=True)]
+    told = perplexity(model, corpus, max_tokens=None, document_tokens=9)
+    assert told.documents == len(begun) > 5 and told.tokens == sum(map(len, begun)) - 1
+    nats = sliding_losses(model, np.concatenate(begun).astype(np.int64), 24, 24)
+    assert told.nats_per_token == pytest.approx(nats.mean(), abs=1e-9)
+    with pytest.raises(ValueError, match="document of 1 tokens"):
+        perplexity(model, corpus, document_tokens=1)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 
 from etastar.hub.push import push, push_command
 from upload_server import COMMIT, TOKEN, UploadServer
@@ -137,7 +138,8 @@ def test_a_table_of_runs_becomes_a_dataset_with_a_card(hub):
     assert done.url == f"{hub.endpoint}/datasets/me/runs"
     pd.testing.assert_frame_equal(pd.read_parquet(io.BytesIO(hub.files["runs.parquet"])), table)
     card = hub.files["README.md"].decode()
-    assert "data_files: runs.parquet" in card and "2 training runs" in card and "| `peak_lr` | float64 |" in card
+    assert yaml.safe_load(card.split("---\n")[1])["configs"] == [{"config_name": "default", "data_files": "runs.parquet"}]
+    assert "2 training runs" in card and "| `peak_lr` | float64 |" in card
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
@@ -155,6 +157,40 @@ def test_a_store_is_uploaded_as_its_table(hub, tmp_path):
     (folder / "summary.json").write_text(json.dumps({"run_id": folder.name, "status": "done", "val_loss": 2.5, "files": {}}))
     push(folder.parent, "me/runs")
     assert pd.read_parquet(io.BytesIO(hub.files["runs.parquet"])).val_loss.tolist() == [2.5]
+
+
+def test_a_corpus_of_files_is_uploaded_without_its_folder(hub, tmp_path):
+    corpus = '{"kind":"Corpus","source":"files:/data/me/texts/*.txt","vocab":300}'
+    given = pd.DataFrame({"run_id": ["a", "b"], "corpus": [corpus, None]})
+    push(given, "me/runs")
+    told = pd.read_parquet(io.BytesIO(hub.files["runs.parquet"])).corpus
+    assert told[0] == '{"kind":"Corpus","source":"files:*.txt","vocab":300}' and pd.isna(told[1]) and given.corpus[0] == corpus
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.json", "etastar.json"])
+@pytest.mark.parametrize("where", ["home", "working folder", "its own"])
+def test_a_file_that_names_a_folder_of_this_machine_is_refused(hub, model, name, where):
+    own = {"home": Path.home() / "texts", "working folder": Path.cwd(), "its own": model}[where]
+    (model / name).write_text(json.dumps({"_name_or_path": str(own)}))
+    with pytest.raises(ValueError, match=f"{name} names /.*a folder of this machine; take it out"):
+        push(model, "me/run", dry_run=True)
+    (model / name).write_text(json.dumps({"_name_or_path": f"x{Path.home()}less"}))
+    push(model, "me/run", dry_run=True)
+
+
+def test_a_table_that_names_a_folder_of_this_machine_is_refused(hub, tmp_path):
+    pd.DataFrame({"run_id": ["a"], "log": [str(Path.home() / "log.txt")]}).to_csv(tmp_path / "runs.csv", index=False)
+    with pytest.raises(ValueError, match="column log names /.*a folder of this machine"):
+        push(tmp_path / "runs.csv", "me/runs")
+    assert hub.asked == []
+
+
+def test_settings_of_the_hub_count_as_they_stand_when_something_is_uploaded(hub, model, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # as it was when the client was imported
+    assert push(model, "me/run").commit == COMMIT
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ValueError, match="HF_HUB_OFFLINE is set"):
+        push(model, "me/run")
 
 
 def test_what_is_neither_model_nor_table_is_refused(hub, tmp_path):

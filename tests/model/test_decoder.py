@@ -1,5 +1,6 @@
 """The decoder: counts by hand, causality, seeds keyed by name, and slots that do not feel each other."""
 
+import dataclasses
 import math
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from etastar.model.decoder import Decoder, init_parameters, logits, loss, stack, token_losses, unstack
 from etastar.model.parametrization import as_table, numbers, scalars
 from etastar.model.shapes import count_parameters, flops_per_token, parameter_shapes
-from etastar.recipe import SP, AdamW, Corpus, Model, Recipe
+from etastar.recipe import SP, AdamW, Corpus, Mixture, Model, Recipe
 from etastar.schedules import Constant
 
 MODEL = Model(width=32, depth=2, head_dim=16, context=16, tied=False)
@@ -112,3 +113,42 @@ def test_the_module_is_the_same_model():
     t = tokens()[0]
     torch.testing.assert_close(decoder(t), logits(stacked([4]), t[None], MODEL, BY)[0], rtol=0, atol=0)
     assert set(decoder.parameters_by_name()) == set(parameter_shapes(MODEL, 64))
+
+
+# A mixture takes all of its experts, since rounding may take another one of some.
+HALVES = [MODEL, Model(width=48, depth=2, head_dim=8, context=16, kv_heads=3),
+          dataclasses.replace(MODEL, ffn_width=48, mixture=Mixture(5, 5)), dataclasses.replace(MODEL, qk_norm=True),
+          dataclasses.replace(MODEL, normalization="everywhere")]
+
+
+@pytest.mark.parametrize("model", HALVES, ids=["own keys", "grouped keys", "mixture", "qk norm", "everywhere"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_a_decoder_of_another_precision_has_the_logits_and_gradients_of_its_weights(model, dtype):
+    own = Decoder(model, 64, SP(init_std=0.1), seed=4).to(dtype)
+    exact, t = Decoder(model, 64, SP(), {name: p.detach().float() for name, p in own.parameters_by_name().items()}), tokens()[0]
+    mine, wanted = own(t), exact(t)
+    assert mine.dtype == dtype and wanted.dtype == torch.float32
+    tolerance = 4 * max(torch.finfo(dtype).eps, 1e-6)
+    assert (mine - wanted).square().mean().sqrt() < tolerance * wanted.std()
+    for out in (mine, wanted):
+        torch.nn.functional.cross_entropy(out.flatten(0, 1).float(), t.flatten()).backward()
+    for name, p in exact.parameters_by_name().items():
+        found = own.parameters_by_name()[name].grad
+        assert found.dtype == dtype and (found - p.grad).norm() < 5 * tolerance * p.grad.norm(), name
+
+
+def test_a_stream_whose_squares_overflow_half_precision_is_normalized_all_the_same():
+    """Entries of 300 and more, as embedding multipliers make them: squares in float16 end at 65,504."""
+    own = Decoder(MODEL, 64, SP(init_std=0.1), seed=4).half()
+    own.scalars = dataclasses.replace(BY, embedding=6000.0)
+    exact = Decoder(MODEL, 64, SP(), {name: p.detach().float() for name, p in own.parameters_by_name().items()})
+    exact.scalars = own.scalars
+    found, wanted = own(tokens()[0]).float(), exact(tokens()[0])
+    assert (found - wanted).square().mean().sqrt() < 0.01 * wanted.std()
+
+
+def test_what_the_caller_says_of_autocast_stands():
+    decoder, t = Decoder(MODEL, 64, SP(init_std=0.1), seed=4), tokens()[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert decoder(t).dtype == torch.bfloat16
+    assert decoder(t).dtype == torch.float32

@@ -78,6 +78,21 @@ def test_a_mixture_says_what_it_is_in_granitemoes_words():
     assert from_granite_config(bare)[0].mixture == Mixture(7, 3, balance=0.0, router_z=0.0)
 
 
+@pytest.mark.parametrize("kind", ["granite", "granitemoe"])
+@pytest.mark.parametrize("left_out", [
+    "tie_word_embeddings", "hidden_act", "max_position_embeddings", "rms_norm_eps", "embedding_multiplier", "residual_multiplier",
+    "attention_multiplier", "logits_scaling", "rope_theta", "num_key_value_heads", "attention_bias"])
+def test_an_entry_that_is_left_out_is_what_transformers_takes_for_it(kind, left_out):
+    (model, by), config = {"granite": (SHAPES[1], transformers.GraniteConfig),
+                           "granitemoe": (MIXTURES[1], transformers.GraniteMoeConfig)}[kind]
+    told = granite_config(dataclasses.replace(model, tied=True, rope_theta=500.0, norm_eps=3e-5), 101, by)
+    whole, less = from_granite_config(told), {name: value for name, value in told.items() if name != left_out}
+    found = from_granite_config(less)
+    assert found == from_granite_config(config(**less).to_dict()) == from_granite_config(told | {left_out: None})
+    assert (found == whole) == (left_out in ("hidden_act", "attention_bias"))
+    assert found[0].tied == (left_out != "tie_word_embeddings")
+
+
 def assert_equal_logits(params, model, by, theirs):
     tokens = torch.randint(101, (3, 24), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

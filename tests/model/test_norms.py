@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -163,6 +164,18 @@ def test_a_table_that_is_read_in_blocks_has_the_same_norms(monkeypatch):
         torch.testing.assert_close(getattr(norms, name)(w), expected, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("shape", [(70, 33), (33, 70), (300, 280), (1, 5)], ids=str)
+@pytest.mark.parametrize("role", ["hidden", "output", "embedding"])
+@pytest.mark.parametrize("block", [spectral.BLOCK, 500], ids=["whole", "in blocks"])
+def test_one_pass_over_a_stack_gives_what_each_norm_alone_does(shape, role, block, monkeypatch):
+    w = drawn(*shape, seed=10, lead=(3,)).float()
+    monkeypatch.setattr(spectral, "BLOCK", block)
+    table, of = operator_norms(w, role), w.mT if role == "embedding" else w
+    for name in (*EVERY, "rms", "spectral"):
+        np.testing.assert_allclose(table[name], getattr(norms, name)(of), rtol=1e-9, err_msg=name)
+    np.testing.assert_allclose(table.spectral, np.linalg.svd(w.double().numpy(), compute_uv=False)[:, 0], rtol=1e-6)
+
+
 def test_a_stack_has_the_norms_of_each_of_its_matrices():
     stacked = drawn(20, 300, seed=7, lead=(3,)).float()
     table = operator_norms(stacked)
@@ -309,6 +322,14 @@ def test_names_give_roles(name, role):
 def test_what_has_no_norm_is_refused_by_name(wrong, said):
     with pytest.raises(ValueError, match=said):
         operator_norms(wrong)
+
+
+def test_entries_that_cancel_to_no_number_are_told_by_name_and_not_by_a_warning_too():
+    w = torch.ones(4, 4)
+    w[1, 1], w[2, 1] = math.inf, -math.inf
+    with warnings.catch_warnings(), pytest.raises(ValueError, match="'a.weight' has entries that are NaN or infinite"):
+        warnings.simplefilter("error")
+        operator_norms({"a.weight": w})
 
 
 def test_paths_without_a_model_are_refused_by_name(tmp_path):

@@ -254,9 +254,10 @@ class Store:
         replace_folder(folder, final)
 
     def table(self) -> pd.DataFrame:
-        """One row a finished run, from the summaries alone."""
-        return pd.DataFrame([{k: v for k, v in read_json(self.path / run_id / "summary.json").items() if k != "files"}
-                             for run_id in self.run_ids()])
+        """One row a finished run, from the summaries alone; what it was observed by is a JSON text, as corpus and schedule are."""
+        summaries = [read_json(self.path / run_id / "summary.json") for run_id in self.run_ids()]
+        return pd.DataFrame([{name: json.dumps(item) if isinstance(item, dict) else item for name, item in told.items() if name != "files"}
+                             for told in summaries])
 
     # -- shared states ---------------------------------------------------------------------------------------------
 

@@ -1,8 +1,10 @@
 """The model card of an exported run: what was trained on what, its loss, its licence, and how to use it."""
 
+import glob
 import json
 import math
 import re
+from pathlib import PurePath
 
 from etastar.engine.run import Run
 from etastar.fingerprint import TRAIN_PACKAGES, VALIDATION_PACKAGES
@@ -11,6 +13,7 @@ from etastar.text.corpora import TokenSet
 from etastar.values import canonical_json
 
 OURS = "apache-2.0"  # of the kit, and so of what it makes of a corpus that comes with it
+_OWN_FILES = re.compile(r'files:(?=[/~])((?:[^"\\]|\\.)*)')  # in JSON too
 
 
 def checked_licence(corpus: Corpus, licence: str | None) -> str:
@@ -25,10 +28,25 @@ def checked_licence(corpus: Corpus, licence: str | None) -> str:
     return licence
 
 
+def without_folders(text: str) -> str:
+    """A text (a recipe as JSON, say) in which a corpus of files on this machine is named below the folder that holds them.
+
+    "files:/data/texts/*.txt" is told as "files:*.txt"; a relative pattern stays as it is.
+    """
+    return _OWN_FILES.sub(lambda found: f"files:{_below_folder(found[1])}", text)
+
+
+def _below_folder(pattern: str) -> str:
+    parts = PurePath(pattern).parts
+    first = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
+    return "/".join(parts[first:])
+
+
 def model_card(run: Run, tokens: TokenSet, licence: str, kind: str) -> str:
     """README.md of an export: front matter for the hub, a table of facts, the corpus, the licence, the recipe, and the way to load it."""
     facts = "\n".join(f"| {name} | {value} |" for name, value in _facts(run, kind).items())
-    recipe = json.dumps(json.loads(run.recipe.to_json()), indent=1)
+    recipe = json.dumps(json.loads(without_folders(run.recipe.to_json())), indent=1)
+    here = ", in the folder that holds its texts" if run.recipe.corpus.source.startswith("files:") else ""
     text = tokens.tokenizer_path is not None
     return "\n\n".join((
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\nlicense: {licence}\ntags:\n- etastar\n- {kind}\n"
@@ -40,7 +58,7 @@ def model_card(run: Run, tokens: TokenSet, licence: str, kind: str) -> str:
         f"## Corpus\n\n{_corpus(run.recipe.corpus, text)}\n\nFingerprint of its tokens: `{tokens.fingerprint}`.",
         f"## Licence\n\n{_licence(run.recipe.corpus, licence)}",
         f"## Use\n\n{_use(text)}",
-        f"## Recipe\n\n`es.run([es.Recipe.from_json(text)])` trains it again.\n\n```json\n{recipe}\n```",
+        f"## Recipe\n\n`es.run([es.Recipe.from_json(text)])` trains it again{here}.\n\n```json\n{recipe}\n```",
     )) + "\n"
 
 

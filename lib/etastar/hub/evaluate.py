@@ -1,8 +1,8 @@
 """Checkpoints through lm-evaluation-harness (extra `eval`): the papers' benchmarks, task data pinned, every item kept."""
 
-import dataclasses
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -14,29 +14,12 @@ import pandas as pd
 
 from etastar.cache import cache_folder
 from etastar.engine.checkpoint import write_json
-from etastar.hub.perplexity import ratio
-from etastar.hub.scores import benchmarks, beside_published
+from etastar.hub.checkpoints import find_fetched
+from etastar.hub.evaluation import Evaluation, checkpoint_identity, read_evaluation, score_of
+from etastar.hub.scores import benchmarks, find_published, published
 
 SEED = 1234  # the harness's own; it draws the examples in a prompt
 AGREEMENT = 1e-9  # relative, between the harness's score and ours from its items
-PERPLEXITIES = {"word_perplexity": math.exp, "byte_perplexity": math.exp, "bits_per_byte": lambda nats: nats / math.log(2)}
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """What a checkpoint scored: `scores`, one row a task, metric and filter; `items`, one row an item of each; `settings`, how.
-
-    Scores: task, metric, filter, value, se (over items; NaN where the metric is no mean or ratio over them), items. A group of tasks has
-    rows of its own over all its items. Items: task, metric, filter, item, above and below (the score is Σ above / Σ below), doc_hash.
-    """
-
-    scores: pd.DataFrame
-    items: pd.DataFrame
-    settings: dict
-
-    def beside(self, model: str) -> pd.DataFrame:
-        """These scores beside the published ones of `model`, with verdicts: `hub.scores.beside_published`."""
-        return beside_published(self.scores, model, whole=self.settings["limit"] is None)
 
 
 def evaluate(folder, tasks=None, limit: int | None = None, *, dtype: str = "float32", batch_size: int = 8, device: str | None = None,
@@ -66,8 +49,9 @@ def evaluate(folder, tasks=None, limit: int | None = None, *, dtype: str = "floa
     found = lm_eval.evaluate(lm=model, task_dict={"tasks": leaves}, limit=limit, bootstrap_iters=0, log_samples=True,
                              confirm_run_unsafe_code=run_code)
     items = _items(found["samples"])
-    settings = {"folder": str(folder), "limit": limit, "dtype": dtype, "batch_size": batch_size, "device": device, "seed": SEED,
-                "versions": _versions(), "tasks": {leaf: _told(task, items[items["task"] == leaf]) for leaf, task in leaves.items()}}
+    settings = {"checkpoint": checkpoint_identity(folder), "limit": limit, "dtype": dtype, "batch_size": batch_size, "device": device,
+                "seed": SEED, "versions": _versions(), "groups": _groups(loaded),
+                "tasks": {leaf: _told(task, items[items["task"] == leaf]) for leaf, task in leaves.items()}}
     return Evaluation(_scores(items, found["results"], loaded), items, settings)
 
 
@@ -188,28 +172,27 @@ def _parts(value) -> tuple[float, float] | None:
 
 
 def _scores(items: pd.DataFrame, results: Mapping, loaded: Mapping[str, Mapping]) -> pd.DataFrame:
-    rows = []
+    rows, agreeing = [], set()
     for (task, metric, filter_), some in items.groupby(["task", "metric", "filter"], sort=False):
         told = results[task].get(f"{metric},{filter_}")
-        value, se = _score(metric, some)
         if not isinstance(told, float | int):
             continue
-        agrees = math.isclose(value, told, rel_tol=AGREEMENT, abs_tol=AGREEMENT)
-        rows.append((task, metric, filter_, float(told), se if agrees else math.nan, len(some)))
-    for name, leaves in loaded.items():
-        if list(leaves) != [name]:
-            for (metric, filter_), some in items[items["task"].isin(leaves)].groupby(["metric", "filter"], sort=False):
-                rows.append((name, metric, filter_, *_score(metric, some), len(some)))
+        value, se = score_of(metric, some)
+        if math.isclose(value, told, rel_tol=AGREEMENT, abs_tol=AGREEMENT):
+            agreeing.add((task, metric, filter_))
+        else:
+            se = math.nan
+        rows.append((task, metric, filter_, float(told), se, len(some)))
+    for name, leaves in _groups(loaded).items():
+        for (metric, filter_), some in items[items["task"].isin(leaves)].groupby(["metric", "filter"], sort=False):
+            if {(leaf, metric, filter_) for leaf in leaves} <= agreeing:
+                rows.append((name, metric, filter_, *score_of(metric, some), len(some)))
     return pd.DataFrame(rows, columns=["task", "metric", "filter", "value", "se", "items"])
 
 
-def _score(metric: str, items: pd.DataFrame) -> tuple[float, float]:
-    """(score, its standard error over items)."""
-    value, se = ratio(items["above"], items["below"])
-    if metric not in PERPLEXITIES:
-        return value, se
-    told = PERPLEXITIES[metric](value)
-    return told, se * (told if PERPLEXITIES[metric] is math.exp else 1 / math.log(2))
+def _groups(loaded: Mapping[str, Mapping]) -> dict[str, list[str]]:
+    """The harness's tasks of each group that was asked for."""
+    return {name: list(leaves) for name, leaves in loaded.items() if list(leaves) != [name]}
 
 
 def _told(task, items: pd.DataFrame) -> dict:
@@ -227,10 +210,40 @@ def _versions() -> dict[str, str]:
 
 
 def eval_command(options) -> dict:
-    """What `etastar eval` shows, by name: scores, the published ones beside them with `options.published`, settings."""
-    found = evaluate(options.checkpoint, options.tasks or None, options.limit, dtype=options.dtype, batch_size=options.batch_size,
+    """What `etastar eval` shows, by name: scores, the published ones beside them, settings, and where the evaluation is kept.
+
+    The checkpoint is a folder or what was fetched by name. An evaluation is kept in RESULTS/NAME, and replaces one there only where it
+    covers it (same checkpoint, all its tasks and items): else it is kept in RESULTS/NAME-2, and so on.
+    """
+    folder, results = find_fetched(options.checkpoint), Path(options.results).expanduser()
+    results.mkdir(parents=True, exist_ok=True)  # or it is told now, and not after hours
+    name = _name(folder)
+    printed = find_published(options.published or name).name if options.published or name in published() else ""
+    found = evaluate(folder, options.tasks or None, options.limit, dtype=options.dtype, batch_size=options.batch_size,
                      device=options.device, task_folder=options.task_folder, run_code=options.run_code)
     shown = {"scores": found.scores}
-    if options.published:
-        shown["beside the published scores (points)"] = found.beside(options.published)
-    return shown | {"settings": found.settings}
+    if printed:
+        shown[f"beside the published scores of {printed} (points)"] = found.beside(printed)
+    return shown | {"settings": found.settings, "kept in": str(found.write(_free(results, name, found)))}
+
+
+def _name(folder: Path) -> str:
+    """What to call a checkpoint: as its printed scores do, else by its repository, else by its folder."""
+    repo = checkpoint_identity(folder).get("repo", "")
+    for model in published().values():
+        if repo and repo.lower() == model.repo.lower():
+            return model.name
+    return repo.rpartition("/")[2] or folder.resolve().name
+
+
+def _free(results: Path, name: str, found: Evaluation) -> Path:
+    """The first of NAME, NAME-2, … where nothing is that the evaluation does not cover."""
+    places = itertools.chain([results / name], (results / f"{name}-{number}" for number in itertools.count(2)))
+    return next(folder for folder in places if not folder.exists() or _covers(found, folder))
+
+
+def _covers(found: Evaluation, folder: Path) -> bool:
+    try:
+        return found.covers(read_evaluation(folder))
+    except ValueError:  # something else is there, which is left alone
+        return False

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from etastar.engine.checkpoint import write_whole
 from etastar.engine.folders import add_folder, replace_folder
 from etastar.engine.run import Run, UnfinishedRun, find_run
-from etastar.hub.card import checked_licence, model_card
+from etastar.hub.card import checked_licence, model_card, without_folders
 from etastar.hub.folders import WEIGHTS
 from etastar.model.granite import granite_config, to_granite_state
 from etastar.model.parametrization import scalars
@@ -27,15 +27,18 @@ def export(run: Run | UnfinishedRun, folder, licence: str | None = None) -> Path
     """Write a finished run as a transformers folder, granite or granitemoe in fp32; returns its path.
 
     Holds config.json, model.safetensors, tokenizer.json, tokenizer_config.json, special_tokens_map.json, generation_config.json, a model
-    card README.md, and etastar.json with the recipe and the sha256 of all of these. `licence` is the card's, as the hub spells it
-    ("apache-2.0"); None is that where the kit made the corpus, and "other" for texts of your own. An export that is there is replaced.
+    card README.md, and etastar.json with the recipe and the sha256 of all of these; neither names a folder of this machine. `licence` is
+    the card's, as the hub spells it ("apache-2.0"); None is that where the kit made the corpus, and "other" for texts of your own. An
+    export that is there is replaced.
     Raises ValueError, with nothing written, for a run that is unfinished, diverged or of a shape that granite has not (QK-norm,
-    normalization everywhere), for a corpus that has changed since, and for a folder that holds anything else.
+    normalization everywhere), for a corpus that has changed since, and for a folder that holds anything else, is the working folder or
+    lies in the store.
     """
     recipe, folder = run.recipe, Path(folder).expanduser().resolve()
     config = granite_config(recipe.model, recipe.corpus.vocab, scalars(recipe.parametrization, recipe.model))
     licence = checked_licence(recipe.corpus, licence)
     _refuse_unfinished(run)
+    _refuse_place(folder, run.store.path.resolve())
     _refuse_taken(folder)
     state = to_granite_state({name: p.detach() for name, p in run.model().parameters_by_name().items()}, recipe.model)
     made = json.loads(run.store.read(run.run_id, "provenance.json"))
@@ -43,7 +46,7 @@ def export(run: Run | UnfinishedRun, folder, licence: str | None = None) -> Path
     files = {"config.json": _json(config | {"torch_dtype": "float32"} | _ids(tokens))} | _tokenizer_files(tokens, recipe.model.context)
     files |= {"generation_config.json": _json({"do_sample": False} | _ids(tokens)),
               "README.md": model_card(run, tokens, licence, config["model_type"]).encode()}
-    about = {"run_id": run.run_id, "val_loss": run.val_loss, "recipe": json.loads(recipe.to_json()),
+    about = {"run_id": run.run_id, "val_loss": run.val_loss, "recipe": json.loads(without_folders(recipe.to_json())),
              "made_with": {key: made.get(key) for key in ("etastar", "commit", "torch", "corpus_fingerprint", "lr_sha256")}}
     _place(folder, files, state, about)
     return folder
@@ -101,6 +104,14 @@ def _numbers(vocab: int) -> Tokenizer:
 
 
 # -- the folder -------------------------------------------------------------------------------------------------------
+
+
+def _refuse_place(folder: Path, store: Path) -> None:
+    """ValueError where a new folder would pull away the one somebody stands in, or pass for a run."""
+    if Path.cwd().is_relative_to(folder):
+        raise ValueError(f"{folder} is the working folder, or holds it; name a folder of the export's own")
+    if folder.is_relative_to(store):
+        raise ValueError(f"{folder} is in the store {store}, which is for runs; name a folder outside")
 
 
 def _refuse_taken(folder: Path) -> None:

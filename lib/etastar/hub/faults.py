@@ -41,30 +41,41 @@ def _why(error: Exception, repo: str, revision: str, endpoint: str) -> str:
         return "the host lists this file and does not have it; try again later or another revision"
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status is not None:
-        return _why_status(status, error.response, endpoint)
+        return _why_status(status, error.response, _host(error, endpoint))
     if isinstance(error, errors.HTTPError):
-        return f"{endpoint} did not answer, or the connection was cut ({_first_line(error)}); run the same command again (check the " \
-               "network and HF_ENDPOINT)"
+        return f"{_host(error, endpoint)} did not answer, or the connection was cut ({_first_line(error)}); run the same command again " \
+               "(check the network and HF_ENDPOINT)"
     if isinstance(error, json.JSONDecodeError):
-        return f"{endpoint} does not speak the hub's protocol; check HF_ENDPOINT"
+        return f"{endpoint} does not speak the hub's protocol; check HF_ENDPOINT, and whether the network asks for a login"
     return _why_local(error)
 
 
-def _why_status(status: int, response, endpoint: str) -> str:
+def _why_status(status: int, response, host: str) -> str:
     if status == 429:
         wait = response.headers.get("Retry-After")
-        return (f"{endpoint} limits the rate of requests (429){f' and asks to wait {wait} s' if wait else ''}; run the same command again "
+        return (f"{host} limits the rate of requests (429){f' and asks to wait {wait} s' if wait else ''}; run the same command again "
                 f"then; a token (HF_TOKEN) raises the limit{_token_state()}")
     if status in (401, 403):
-        return f"{endpoint} refuses access ({status}); set HF_TOKEN to a token that may read it{_token_state()}"
+        return f"{host} refuses access ({status}); run the same command again, or set HF_TOKEN to a token that may read it{_token_state()}"
     if status >= 500:
-        return f"{endpoint} has a fault of its own ({status}); run the same command again later"
-    return f"{endpoint} answered {status}; check HF_ENDPOINT"
+        return f"{host} has a fault of its own ({status}); run the same command again later"
+    return f"{host} answered {status}; check HF_ENDPOINT"
+
+
+def _host(error: Exception, endpoint: str) -> str:
+    """Who was asked: the hub, or the storage host that it redirects to."""
+    try:
+        url = error.request.url
+    except (AttributeError, RuntimeError):  # the transport's errors need not know their request, and say so by raising
+        return endpoint
+    return f"{url.scheme}://{url.netloc.decode()}" if url.host else endpoint
 
 
 def _why_local(error: OSError) -> str:
-    if error.errno == errno.ENOSPC:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "the disk is full; free some space and run the same command again"
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):
+        return f"{error.filename} cannot be written ({error.strerror}); name another folder, or set HF_HOME to one that you may write to"
     if "Consistency check failed" in str(error):
         return "the host sent another number of bytes than it lists; run the same command again"
     return f"{_first_line(error)}; run the same command again"

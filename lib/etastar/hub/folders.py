@@ -1,26 +1,19 @@
 """A folder of transformers' granite or granitemoe as our decoder: safetensors alone, mapped into memory and read tensor by tensor."""
 
-import contextlib
-import json
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from etastar.model.decoder import Decoder, Params
+from etastar.model.decoder import Decoder
 from etastar.model.granite import from_granite_config, from_granite_state, to_granite_state
 from etastar.model.parametrization import Scalars
 from etastar.model.shapes import count_parameters, parameter_shapes
+from etastar.model.stored import INDEX, WEIGHTS, StoredTensors, json_object, listed, opened
 from etastar.recipe import SP, Model
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")  # may run what they please when they are opened, so they never are
 STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# What transformers takes for an entry that config.json leaves out.
-UNSAID = {"hidden_act": "silu", "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
-          "embedding_multiplier": 1.0, "residual_multiplier": 1.0, "attention_multiplier": 1.0, "logits_scaling": 1.0}
 NEEDED = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 NEEDED_OF_MIXTURES = ("num_local_experts", "num_experts_per_tok")
 
@@ -43,22 +36,9 @@ def load_checkpoint(folder, dtype: torch.dtype | str | None = None) -> Decoder:
     held = sum(tensor.numel() for tensor in params.values())
     counted = count_parameters(model, vocab)["total"]
     assert held == counted, f"{folder}: {held:,} parameters were read where the shape of config.json has {counted:,}"
-    return ReadDecoder(model, vocab, by, params)
-
-
-class ReadDecoder(Decoder):
-    """A decoder with the multipliers that a checkpoint tells, which computes in the precision of its weights."""
-
-    def __init__(self, model: Model, vocab: int, by: Scalars, params: Params):
-        super().__init__(model, vocab, SP(), params)
-        self.scalars = by
-
-    def forward(self, tokens_BxT: torch.Tensor) -> torch.Tensor:
-        """Logits (B, T, V); half precision goes through autocast, which keeps rotations and routers in fp32."""
-        kind = self.weights["embedding"].dtype
-        half = kind in (torch.bfloat16, torch.float16)
-        with torch.autocast(tokens_BxT.device.type, kind) if half else contextlib.nullcontext():
-            return super().forward(tokens_BxT)
+    decoder = Decoder(model, vocab, SP(), params)
+    decoder.scalars = by  # those that the checkpoint tells, which no parametrization need have
+    return decoder
 
 
 def _named(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -73,23 +53,12 @@ def _shape(folder: Path) -> tuple[Model, int, Scalars]:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} has no config.json; it is not the folder of a transformers checkpoint")
-    config = _json_object(path)
-    said = {key: value for key, value in config.items() if value is not None}
+    config = json_object(path)
     try:
-        _refuse_unlike(said)
-        return from_granite_config(UNSAID | said)
+        _refuse_unlike({key: value for key, value in config.items() if value is not None})
+        return from_granite_config(config)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
-
-
-def _json_object(path: Path) -> dict:
-    try:
-        body = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); fetch it again") from None
-    if not isinstance(body, dict):
-        raise ValueError(f"{path} does not hold a JSON object; fetch it again")
-    return body
 
 
 def _refuse_unlike(config: dict) -> None:
@@ -111,87 +80,43 @@ def _refuse_unlike(config: dict) -> None:
         raise ValueError("quantized weights; take the checkpoint as it was trained")
 
 
-class _Stored(Mapping):
-    """A folder's tensors by name, each read when it is asked for, as `dtype` or as it is stored."""
+class _Stored(StoredTensors):
+    """A folder's tensors by name, as they are stored, mapped from files that stay open; or each converted to `dtype` and let go of."""
 
     def __init__(self, folder: Path, dtype: torch.dtype | None):
-        self.folder, self.files = folder, _opened_files(folder)
-        kinds = {self._slice(name).get_dtype() for name in self.files}
+        _refuse_without_weights(folder)
+        super().__init__(folder)
+        kinds = set(self.dtypes.values())
         if unknown := sorted(kinds - set(STORED)):
             raise ValueError(f"{folder} holds tensors of {', '.join(unknown)}; our decoder reads {', '.join(STORED)}")
         if dtype is None and len(kinds) > 1:
             raise ValueError(f"{folder} holds tensors of {' and '.join(sorted(kinds))}; say dtype= for all, \"float32\" for example")
-        self.dtype = dtype
+        self.folder, self.dtype = folder, None if {STORED[kind] for kind in kinds} == {dtype} else dtype
+        self.opened = {} if self.dtype else {file: opened(file) for file in set(self.files.values())}
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        tensor = self.files[name].get_tensor(name)
-        return tensor if self.dtype is None else tensor.to(self.dtype)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.files)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def _slice(self, name: str):
-        return self.files[name].get_slice(name)
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of all tensors, from the files' headers."""
-        return {name: tuple(self._slice(name).get_shape()) for name in self.files}
+        return super().__getitem__(name).to(self.dtype) if self.dtype else self.opened[self.files[name]].get_tensor(name)
 
 
-def _opened_files(folder: Path) -> dict:
-    """The open file of each tensor of a folder."""
-    if (folder / WEIGHTS).is_file():
-        file = _opened(folder / WEIGHTS)
-        return dict.fromkeys(file.keys(), file)
-    if (folder / INDEX).is_file():
-        return _opened_shards(folder)
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
-    why = f"; {', '.join(pickles[:3])} may be a pickle, which is never opened: take a revision that has safetensors" if pickles else ""
-    raise ValueError(f"{folder} has neither {WEIGHTS} nor {INDEX}{why}")
-
-
-def _opened_shards(folder: Path) -> dict:
-    places = _json_object(folder / INDEX).get("weight_map")
-    shards = sorted(set(places.values())) if isinstance(places, dict) and all(isinstance(s, str) for s in places.values()) else None
-    if not shards or any(Path(shard).name != shard or not shard.endswith(".safetensors") for shard in shards):
-        raise ValueError(f"{folder / INDEX} does not map tensors to safetensors files beside it; fetch it again")
-    if missing := [shard for shard in shards if not (folder / shard).is_file()]:
-        raise ValueError(f"{folder} is not whole: {INDEX} names {', '.join(missing)}, not here; fetch the checkpoint again")
-    files = {shard: _opened(folder / shard) for shard in shards}
-    held = {(name, shard) for shard, file in files.items() for name in file.keys()}
-    if unlike := sorted(held ^ set(places.items())):
-        raise ValueError(f"{folder}: {INDEX} and its shards disagree on {_listed([f'{name} in {shard}' for name, shard in unlike])}; "
-                         "fetch the checkpoint again")
-    return {name: files[shard] for name, shard in places.items()}
-
-
-def _opened(path: Path):
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} ({path.stat().st_size:,} bytes) is not a whole safetensors file: {error}; fetch it again (a few hundred "
-                         "bytes are git-lfs's note of a file, not the weights)") from None
+def _refuse_without_weights(folder: Path) -> None:
+    if not (folder / WEIGHTS).is_file() and not (folder / INDEX).is_file():
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+        why = f"; {', '.join(pickles[:3])} may be a pickle, which is never opened: take a revision that has safetensors" if pickles else ""
+        raise ValueError(f"{folder} has neither {WEIGHTS} nor {INDEX}{why}")
 
 
 def _check_tensors(stored: _Stored, model: Model, vocab: int) -> None:
     """ValueError for tensors that are missing, of no use or misshaped; a tied head that is stored again has to be the token table."""
     nothing = {name: torch.empty(shape, device="meta") for name, shape in parameter_shapes(model, vocab).items()}
     wanted = {name: tuple(tensor.shape) for name, tensor in to_granite_state(nothing, model).items()}
-    found = stored.shapes()
+    found = stored.shapes
     again = {HEAD} & set(found) if model.tied else set()
     missing, extra = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted) - again)
     if missing or extra:
-        told = [f"lacks {_listed(missing)}"] * bool(missing) + [f"has {_listed(extra)}, for which our decoder has no place"] * bool(extra)
+        told = [f"lacks {listed(missing)}"] * bool(missing) + [f"has {listed(extra)}, for which our decoder has no place"] * bool(extra)
         raise ValueError(f"{stored.folder} is not what its config.json says: it {' and '.join(told)}")
     if wrong := [f"{name} is {found[name]} in place of {shape}" for name, shape in wanted.items() if found[name] != shape]:
-        raise ValueError(f"{stored.folder} has tensors of other shapes than its config.json says: {_listed(wrong)}")
+        raise ValueError(f"{stored.folder} has tensors of other shapes than its config.json says: {listed(wrong)}")
     if again and not (found[HEAD] == found[TABLE] and torch.equal(stored[HEAD], stored[TABLE])):
         raise ValueError(f"{stored.folder}: config.json ties the head to the token table (tie_word_embeddings), and the file has another "
                          f"head, {HEAD}; set tie_word_embeddings to false if that is the one it was trained with")
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,9 +1,7 @@
 """What a checkpoint shows without being run: the norms of its matrices, and what the Power law says for its batch and tokens."""
 
 import dataclasses
-import json
 import re
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -18,57 +16,16 @@ def checkpoint_norms(folder) -> pd.DataFrame:
     """`operator_norms` of a checkpoint, read one tensor at a time: one row a matrix, and `layer`, its number (NA outside layers).
 
     `folder` holds safetensors, whole or in shards, or is one such file; other kinds of weights are never opened. Memory is that of the
-    largest tensor and its float64 work, whatever the size of the checkpoint: a file is opened anew for every tensor, since what a map
-    of it has touched counts as this process's own until it is closed. Roles, columns and refusals are those of `operator_norms`;
-    ValueError too for a folder without safetensors or with a shard missing.
+    largest tensor and its float64 work, whatever the size of the checkpoint. An expert of a mixture is a `slot` of its layer's
+    parameter, and of its first one `part` "gate" and "up" are matrices of their own, as in ours. Roles, columns and refusals are those
+    of `operator_norms`; ValueError too for a folder without safetensors, with a shard missing or with a damaged file.
     """
     from etastar.model.norms import operator_norms
 
-    frame = operator_norms(_Streamed(Path(folder).expanduser()))
+    frame = operator_norms(Path(folder))
     numbers = [re.search(r"(?:^|\.)(\d+)\.", name) for name in frame["name"]]
     frame.insert(1, "layer", pd.array([int(found[1]) if found else None for found in numbers], dtype="Int64"))
     return frame
-
-
-class _Streamed(Mapping):
-    """The tensors of safetensors files by name; nothing stays open."""
-
-    def __init__(self, path: Path):
-        self.files = {name: file for file in _files(path) for name in _with(file, lambda tensors: list(tensors.keys()))}
-
-    def __getitem__(self, name: str):
-        return _with(self.files[name], lambda tensors: tensors.get_tensor(name))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.files)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-
-def _with(file: Path, read):
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return read(tensors)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a whole safetensors file ({error}); fetch it again") from None
-
-
-def _files(path: Path) -> list[Path]:
-    index = path / "model.safetensors.index.json"
-    if path.is_file():
-        files = [path]
-    elif index.is_file():
-        files = [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    else:
-        files = [path / "model.safetensors"] if (path / "model.safetensors").is_file() else sorted(path.glob("*.safetensors"))
-    if missing := [file.name for file in files if not file.is_file()]:
-        raise ValueError(f"{path} lacks {', '.join(missing)}, which its index names; fetch the whole checkpoint")
-    if not files:
-        raise ValueError(f"{path} is no safetensors file and no folder of any; give the folder of a checkpoint, or one of its files")
-    return files
 
 
 @dataclasses.dataclass(frozen=True)

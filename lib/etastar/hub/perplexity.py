@@ -49,18 +49,20 @@ class Stream:
 
 
 def perplexity(model, corpus, context: int | None = None, stride: int | None = None, *, max_tokens: int | None = 2**16,
-               batch_tokens: int = BATCH_TOKENS, dtype: torch.dtype = torch.float32) -> Perplexity:
+               document_tokens: int | None = None, batch_tokens: int = BATCH_TOKENS, dtype: torch.dtype = torch.float32) -> Perplexity:
     """Perplexity of a model on the held-out part of a corpus, each token predicted once.
 
     `model` is one of our decoders, which reads the corpus in its own tokens, or a checkpoint's folder, whose tokenizer reads the same
     text (weights are then taken as `dtype`). Windows of `context` tokens (default: the model's) move on by `stride` (default:
     context), so that a token has at least context − stride tokens before it, or all there are. Documents follow one another as in
     training, each with its end-of-text token, which is predicted too and has no bytes; the first token of all is not predicted.
-    `max_tokens` keeps the first so many (None: all). At stride = context and whole windows nats per token are the validation loss.
+    `max_tokens` keeps the first so many (None: all), `document_tokens` the first so many of each document, in the corpus's own tokens:
+    the error is over documents, and where they are long the first tokens of a corpus are of few. At stride = context and whole windows
+    nats per token are the validation loss.
     Raises ValueError for a context beyond the model's, a stride outside 1 … context, another vocabulary, weights in less
     than float32, and no token to predict.
     """
-    decoder, stream = _read(model, prepare(corpus), corpus, max_tokens, dtype)
+    decoder, stream = _read(model, _beginnings(prepare(corpus), document_tokens), corpus, max_tokens, dtype)
     if (held := next(decoder.parameters()).dtype) not in (torch.float32, torch.float64):
         raise ValueError(f"perplexity is worked out in float32 or float64, its weights are {held}: take them .float()")
     context = decoder.model.context if context is None else context
@@ -97,6 +99,18 @@ def _windows(predicted: int, context: int, stride: int) -> Iterator[tuple[int, i
         kept = min(stride, predicted - done)
         done += kept
         yield done - length, length, kept
+
+
+def _beginnings(tokens: TokenSet, document_tokens: int | None) -> TokenSet:
+    """A corpus whose held-out documents have no more than so many tokens each, the first."""
+    if document_tokens is None:
+        return tokens
+    if document_tokens < 2:
+        raise ValueError(f"a document of {document_tokens} tokens has none to predict from another; give document_tokens of at least 2")
+    ends = np.append(tokens.validation_starts[1:], len(tokens.validation))
+    kept = [tokens.validation[start : min(end, start + document_tokens)] for start, end in zip(tokens.validation_starts, ends, strict=True)]
+    starts = np.cumsum([0, *map(len, kept[:-1])])
+    return dataclasses.replace(tokens, validation=np.concatenate(kept), validation_starts=starts)
 
 
 def _read(model, tokens: TokenSet, corpus, max_tokens: int | None, dtype) -> tuple[Decoder, Stream]:

@@ -5,12 +5,14 @@ import dataclasses
 import fnmatch
 import io
 import json
-import os
+import re
 from pathlib import Path
 
 import pandas as pd
 
 from etastar.engine.store import Store
+from etastar.hub.card import without_folders
+from etastar.hub.settings import endpoint, is_offline
 
 # All that is ever uploaded of a model's folder; its subfolders, and links, never are.
 ALLOWED = ("config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
@@ -43,9 +45,11 @@ def push(folder_or_table, repo_id: str, *, private: bool = True, token: str | No
     """Upload the folder of a model, or a table of runs as a dataset, to OWNER/NAME of the hub in one commit.
 
     A table is a DataFrame, a .csv or .parquet file, or the folder of a store. `token` None is that of HF_TOKEN or of `hf auth login`;
-    HF_ENDPOINT names another hub. `dry_run` lists files and bytes, asks for no token and sends nothing.
-    Raises ValueError for what is neither, without a token or the right to write, for a public repository where a private one is meant,
-    and where an upload did not get through: the same call goes on, and what is there already is not sent again.
+    HF_ENDPOINT names another hub. `dry_run` lists files and bytes, asks for no token and sends nothing. A corpus of files on this machine
+    is told without their folder.
+    Raises ValueError for what is neither, for what names a folder of this machine (the home, the working folder, its own), without a
+    token or the right to write, for a public repository where a private one is meant, and where an upload did not get through: the same
+    call goes on, and what is there already is not sent again.
     """
     _check_name(repo_id)
     repo_type, contents, left_out = _contents(folder_or_table)
@@ -80,7 +84,8 @@ def _check_name(repo_id: str) -> None:
 def _contents(given) -> tuple[str, dict[str, Path | bytes], tuple[str, ...]]:
     """(type of repository, bytes or path of each file, what is left out) of a folder or table."""
     if isinstance(given, pd.DataFrame):
-        return "dataset", _table_files(given, "runs.parquet", _parquet(given)), ()
+        table = given.assign(corpus=given["corpus"].map(without_folders, na_action="ignore")) if "corpus" in given else given
+        return "dataset", _table_files(table, "runs.parquet", _parquet(table)), ()
     path = Path(given).expanduser()
     if path.suffix in TABLES and path.is_file():
         read = pd.read_csv if path.suffix == ".csv" else pd.read_parquet
@@ -99,6 +104,9 @@ def _model_files(folder: Path) -> tuple[str, dict[str, Path], tuple[str, ...]]:
     if "config.json" not in kept or not any(name.endswith(".safetensors") for name in kept):
         raise ValueError(f"{folder} is not the folder of a model: it needs config.json and model.safetensors, as es.export(run, folder) "
                          "writes them, or the runs of a store")
+    for name, path in kept.items():
+        if name.endswith((".md", ".json")) and name != "tokenizer.json":  # whose vocabulary is free to hold any string
+            _refuse_own_folder(name, path.read_text(errors="replace"), folder)
     return "model", kept, tuple(name for name in found if name not in kept)
 
 
@@ -106,11 +114,20 @@ def _table_files(table: pd.DataFrame, name: str, body: Path | bytes) -> dict[str
     """A table and a card that tells the hub's viewer where it is."""
     if not len(table):
         raise ValueError("the table has no runs, so there is nothing to upload")
+    for column in table.select_dtypes(exclude=["number", "bool", "datetime"]):
+        _refuse_own_folder(f"column {column}", "\n".join(map(str, table[column])))
     columns = "\n".join(f"| `{column}` | {table[column].dtype} |" for column in table)
     card = (f"---\nconfigs:\n- config_name: default\n  data_files: {name}\ntags:\n- etastar\n- learning-rate\n---\n\n# Training runs\n\n"
             f"{len(table)} training runs, one a row, from a store of etastar, a kit that re-tests what the learning-rate papers claim. "
             f"Losses are in nats per token.\n\n| column | type |\n|---|---|\n{columns}\n")
     return {"README.md": card.encode(), name: body}
+
+
+def _refuse_own_folder(where: str, text: str, folder: Path | None = None) -> None:
+    """ValueError where a text tells how folders are called on this machine."""
+    for path in (Path.home(), Path.cwd(), *([folder.resolve()] if folder else ())):
+        if len(path.parts) > 1 and re.search(re.escape(str(path)) + r"(?![\w-])", text):
+            raise ValueError(f"{where} names {path}, a folder of this machine; take it out, and push again")
 
 
 def _parquet(table: pd.DataFrame) -> bytes:
@@ -122,17 +139,16 @@ def _parquet(table: pd.DataFrame) -> bytes:
 
 
 def _api(token: str | None):
-    """The hub's client; ValueError without a network or a token. HF_ENDPOINT counts even where the client was imported before it."""
+    """The hub's client; ValueError without a network or a token."""
     from huggingface_hub import HfApi, get_token
-    from huggingface_hub.constants import is_offline_mode
 
-    if is_offline_mode():
+    if is_offline():
         raise ValueError("HF_HUB_OFFLINE is set, and an upload needs the hub; unset it, or look at what would go with dry_run")
     token = token or get_token()
     if not token:
         raise ValueError("there is no token to upload with: make one with write access at the hub's settings/tokens, then set HF_TOKEN or "
                          "run `hf auth login`")
-    return HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token)
+    return HfApi(endpoint=endpoint(), token=token)
 
 
 def _open_repository(api, repo_id: str, repo_type: str, private: bool) -> None:

@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
+
+from etastar.engine.folders import ALONE, lock_at_once, wait_for_lock
 
 RECORD = "etastar-checkpoint.json"
 
@@ -19,6 +21,10 @@ class HubFile:
     bytes: int
     sha256: str = ""
     git_sha1: str = ""
+
+    def has_size(self, path: Path) -> bool:
+        """Whether there is a file of the right size at `path`."""
+        return path.is_file() and path.stat().st_size == self.bytes
 
     def fault(self, path: Path) -> str:
         """What is wrong with the copy at `path`, empty where it is the listed file; reads all of it."""
@@ -45,6 +51,10 @@ class Record:
     repo: str
     pins: dict[str, str]
     listings: dict[str, tuple[HubFile, ...]]
+
+    def commit_of(self, revision: str) -> str:
+        """The commit that a branch or tag was pinned to, empty where it was not; a full hash is its own."""
+        return revision if revision in self.listings else self.pins.get(revision, "")
 
     def with_commit(self, asked: str, commit: str, files: tuple[HubFile, ...]) -> "Record":
         """The record once `asked` (a branch, or the commit itself) stands for `commit` with these files."""
@@ -90,6 +100,15 @@ class Place:
         """The folder of a commit's files: where the hub's client looks for them too, if the place is its cache."""
         return self.folder or self.storage / "snapshots" / commit
 
+    def blob(self, file: HubFile) -> Path | None:
+        """Where the hub's cache keeps a file once for all commits that have it, which link to it; None in a folder of the user's."""
+        return None if self.folder else self.storage / "blobs" / (file.git_sha1 or file.sha256)
+
+    def has(self, commit: str, file: HubFile) -> bool:
+        """Whether a file of a commit is here, by its size."""
+        blob = self.blob(file)
+        return file.has_size(self.files(commit) / file.path) or (blob is not None and file.has_size(blob))
+
     @property
     def parts(self) -> Path:
         """The folder of what has arrived in part."""
@@ -99,10 +118,21 @@ class Place:
         """Where a file of a commit is gathered until it is whole and has its hash."""
         return self.parts / commit / f"{file.path}.part"
 
+    def bytes_to_fetch(self, commit: str, files: Iterable[HubFile]) -> int:
+        """What these files lack beyond their parts."""
+        return sum(file.bytes - min(file.bytes, size_of(self.part(commit, file))) for file in files)
+
     @contextlib.contextmanager
-    def locked(self):
-        """Two processes never write the same part."""
+    def locked(self, tell: Callable[[str], object]):
+        """Two processes never write the same part; the second says that it waits."""
         self.parts.mkdir(parents=True, exist_ok=True)
         with open(self.parts / ".lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not lock_at_once(lock, ALONE):
+                tell(f"another process is fetching into {self.folder or self.storage}; this one goes on when it has ended")
+                wait_for_lock(lock)
             yield
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, 0 where there is none."""
+    return path.stat().st_size if path.is_file() else 0

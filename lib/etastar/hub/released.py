@@ -16,6 +16,7 @@ class Released:
     """A released checkpoint; numbers called `about` are rounded and decide nothing, `sha256` (by file) is enforced where given.
 
     `revision` is a full commit hash, or a branch that the first fetch resolves and pins; `architecture` is config.json's model_type.
+    `batch_tokens`, `horizon_tokens` and `cooldown_fraction` are those it was trained with.
     """
 
     name: str
@@ -26,6 +27,9 @@ class Released:
     licence: str
     paper: str
     what: str
+    batch_tokens: int
+    horizon_tokens: float
+    cooldown_fraction: float
     architecture: str
     params_about: float
     stored_as: str

@@ -101,37 +101,91 @@ def score(benchmark: Benchmark, scores: pd.DataFrame) -> Estimate | None:
     return Estimate(100 * value, 100 * se, max(items - len(own), 1), items, "points")
 
 
+def averaged(model: str) -> list[Benchmark]:
+    """The benchmarks that an average is over: zero-shot, of a printed reading, and with a printed score of the model."""
+    return [b for b in benchmarks().values() if b.shots == 0 and b.reading == "printed" and b.name in find_published(model).scores]
+
+
+def average(scores: pd.DataFrame, model: str) -> Estimate | None:
+    """The mean in points over `averaged(model)` of what a checkpoint scored; None where one of them is missing from its scores.
+
+    Items of different benchmarks are drawn independently, so the error is √Σse²/k over the k benchmarks.
+    """
+    found = [score(benchmark, scores) for benchmark in averaged(model)]
+    if not found or None in found:
+        return None
+    items, count = sum(one.n for one in found), len(found)
+    se = math.hypot(*(one.se for one in found)) / count
+    return Estimate(math.fsum(one.value for one in found) / count, se, sum(one.df for one in found), items, "points")
+
+
+def printed_average(model: str) -> float:
+    """The mean of the printed scores of a model over `averaged(model)`, in points; NaN where there is none."""
+    return _printed_mean(find_published(model), averaged(model))
+
+
+def best_beside(model: str) -> tuple[str, float]:
+    """(name, mean of its printed scores) of the best of the models printed beside one, over that one's `averaged` benchmarks.
+
+    Those with a printed score of all of them count. Raises ValueError where there is none.
+    """
+    means = {name: mean for name in find_published(model).beside if np.isfinite(mean := _printed_mean(published()[name], averaged(model)))}
+    if not means:
+        raise ValueError(f"no model is printed beside {model} with scores of the same benchmarks")
+    return max(means.items(), key=lambda pair: pair[1])
+
+
+def _printed_mean(model: Scored, over: list[Benchmark]) -> float:
+    return math.fsum(model.scores.get(b.name, math.nan) for b in over) / len(over) if over else math.nan
+
+
+def _mean_of(over: list[Benchmark]) -> Benchmark:
+    """The mean of benchmarks as a benchmark of its own."""
+    chance = math.fsum(b.chance for b in over) / len(over)
+    return Benchmark("average", f"mean of {', '.join(b.title for b in over)}", (), "", 0, "printed", chance, margin_of_average())
+
+
+@functools.cache
+def margin_of_average(path: Path = PUBLISHED) -> float:
+    """Points within which two averages count as equal."""
+    return float(_body(path)["average"]["margin"])
+
+
 def beside_published(scores: pd.DataFrame, model: str, whole: bool = True) -> pd.DataFrame:
     """What a checkpoint scored here beside what is printed of `model`, one row a benchmark that both have, in points (percent).
 
     Columns: benchmark, score, se (over items), low and high (90 %), items, published, difference, margin, verdict and reason by the
     rules for a published number (equal within the margin that data/published_scores.toml states, chance excluded), and one column a
     model of the same size that the paper prints beside it. The printed score is taken as exact. `untested` is what the paper does not
-    say how to measure; a difference found on a part of the items (`whole` False) is none of the paper's settings.
+    say how to measure; a difference found on a part of the items (`whole` False) is none of the paper's settings. The last row is the
+    mean over `averaged(model)`, where all of these were scored.
     """
-    printed, rows = find_published(model), []
-    for benchmark in benchmarks().values():
-        found = score(benchmark, scores)
-        if found is None or benchmark.name not in printed.scores:
-            continue
-        verdict, reason = _verdict(benchmark, printed, found, whole)
-        low, high = found.interval(0.9) if np.isfinite(found.se) else (math.nan, math.nan)
-        target = printed.scores[benchmark.name]
-        row = (benchmark.title, found.value, found.se, low, high, found.n, target, found.value - target, benchmark.margin, verdict, reason)
-        others = {name: published()[name].scores.get(benchmark.name, math.nan) for name in printed.beside}
-        rows.append(dict(zip(COLUMNS, row, strict=True)) | others)
+    printed = find_published(model)
+    found = [(benchmark, score(benchmark, scores), printed.scores[benchmark.name], [benchmark])
+             for benchmark in benchmarks().values() if benchmark.name in printed.scores]
+    if over := averaged(model):
+        found.append((_mean_of(over), average(scores, model), printed_average(model), over))
+    rows = [_beside(benchmark, own, target, over, printed, whole) for benchmark, own, target, over in found if own is not None]
     return pd.DataFrame(rows, columns=[*COLUMNS, *printed.beside])
 
 
-def _verdict(benchmark: Benchmark, printed: Scored, found: Estimate, whole: bool) -> tuple[str, str]:
+def _beside(benchmark: Benchmark, found: Estimate, target: float, over: list[Benchmark], printed: Scored, whole: bool) -> dict:
+    """A row of `beside_published`; `over` are the benchmarks that the printed scores are the mean of."""
+    verdict, reason = _verdict(benchmark, printed, target, found, whole)
+    low, high = found.interval(0.9) if np.isfinite(found.se) else (math.nan, math.nan)
+    row = (benchmark.title, found.value, found.se, low, high, found.n, target, found.value - target, benchmark.margin, verdict, reason)
+    return dict(zip(COLUMNS, row, strict=True)) | {name: _printed_mean(published()[name], over) for name in printed.beside}
+
+
+def _verdict(benchmark: Benchmark, printed: Scored, target: float, found: Estimate, whole: bool) -> tuple[str, str]:
     if benchmark.reading != "printed":
         return "untested", benchmark.why
     if not np.isfinite(found.se):
-        return "inconclusive", f"{found.n} item has no spread; evaluate more"
+        return "inconclusive", f"too few items for an error ({found.n}); evaluate more"
     claim = Claim(
-        id=f"{printed.name}/{benchmark.name}", study="released_checkpoints", paper=PAPER, place=printed.places[benchmark.name],
-        statement=f"{printed.name} scores {printed.scores[benchmark.name]} on {benchmark.title}", kind="number", estimand="score",
-        arms=(printed.name,), unit="points", published=printed.scores[benchmark.name], published_note="", primary=False, minimum_scale={},
-        matching="the whole test set", margin=benchmark.margin, rival=benchmark.chance, rival_name="chance")
+        id=f"{printed.name}/{benchmark.name}", study="released_checkpoints", paper=PAPER,
+        place=printed.places.get(benchmark.name, f"{PAPER} Table 6"), statement=f"{printed.name} scores {target:g} on {benchmark.title}",
+        kind="number", estimand="score", arms=(printed.name,), unit="points", published=target, published_note="", primary=False,
+        minimum_scale={}, matching="the whole test set", margin=benchmark.margin, rival=benchmark.chance, rival_name="chance")
     finding = judge(claim, found, evidence="live", scale={}, matching=whole)
     return finding.verdict, finding.reason

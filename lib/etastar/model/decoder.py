@@ -4,6 +4,7 @@ Granite-shaped: RMSNorm, rotary positions, SwiGLU or a mixture of such experts, 
 multipliers.
 """
 
+import contextlib
 import functools
 import hashlib
 import math
@@ -91,6 +92,7 @@ def logits(params: Params, tokens_MxBxT: torch.Tensor, model: Model, by: Scalars
 def _blocks(params: Params, tokens_MxBxT: torch.Tensor, model: Model, by: Scalars) -> tuple[torch.Tensor, list[Routed]]:
     """The residual stream after all blocks, normalized, without the last gain: (M, N, D) with N = B · T; how each mixture dealt it out."""
     x_MxNxD = _embed(tokens_MxBxT.flatten(1), params["embedding"])
+    x_MxNxD = x_MxNxD.to(torch.promote_types(x_MxNxD.dtype, torch.float32))  # squares of a stream in half precision overflow
     if by.embedding != 1.0:
         x_MxNxD = x_MxNxD * by.embedding
     routed = []
@@ -212,6 +214,8 @@ class Decoder(torch.nn.Module):
         return {name.replace("/", "."): p for name, p in self.weights.items()}
 
     def forward(self, tokens_BxT: torch.Tensor) -> torch.Tensor:
-        """Logits (B, T, V)."""
-        stacked = {name: p[None] for name, p in self.parameters_by_name().items()}
-        return logits(stacked, tokens_BxT[None], self.model, self.scalars)[0]
+        """Logits (B, T, V) in the precision of the weights; of half precision, the stream, rotations and routers are in float32."""
+        stacked, kind = {name: p[None] for name, p in self.parameters_by_name().items()}, self.weights["embedding"].dtype
+        half = kind in (torch.bfloat16, torch.float16)  # then as training under autocast computes; otherwise as the caller says
+        with torch.autocast(tokens_BxT.device.type, kind) if half else contextlib.nullcontext():
+            return logits(stacked, tokens_BxT[None], self.model, self.scalars)[0]

@@ -13,6 +13,9 @@ _DENSE = {"mlp_out": "mlp.down_proj"}
 _MIXTURE = {"router": "block_sparse_moe.router.layer", "experts_gate_up": "block_sparse_moe.input_linear",
             "experts_out": "block_sparse_moe.output_linear"}
 _KINDS = {"granite": "GraniteForCausalLM", "granitemoe": "GraniteMoeForCausalLM"}
+# What transformers takes for an entry that config.json leaves out; the head is then not tied.
+_UNSAID = {"hidden_act": "silu", "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+           "embedding_multiplier": 1.0, "residual_multiplier": 1.0, "attention_multiplier": 1.0, "logits_scaling": 1.0}
 
 
 def granite_config(model: Model, vocab: int, by: Scalars) -> dict:
@@ -46,25 +49,27 @@ def _refuse_normalization(model: Model) -> None:
 
 
 def from_granite_config(config: dict) -> tuple[Model, int, Scalars]:
-    """(shape, vocabulary, multipliers) of a granite or granitemoe config.json; a coefficient of a mixture that it lacks is 0.
+    """(shape, vocabulary, multipliers) of a granite or granitemoe config.json.
 
-    Raises ValueError for another kind of model, and for biases or an activation we do not have.
+    An entry that it lacks is what transformers takes for it (a head of its own, multipliers of 1); a coefficient of a mixture's losses,
+    which decides no logits, is 0. Raises ValueError for another kind of model, and for biases or an activation we do not have.
     """
+    config = _UNSAID | {key: value for key, value in config.items() if value is not None}
     kind = config.get("model_type", "granite")
     if kind not in _KINDS:
         raise ValueError(f"our decoder is that of {' and '.join(_KINDS)}; this config.json has model_type {kind!r}")
-    if config.get("attention_bias") or config.get("mlp_bias") or config.get("hidden_act", "silu") != "silu":
+    if config.get("attention_bias") or config.get("mlp_bias") or config["hidden_act"] != "silu":
         raise ValueError("this granite has biases or another activation than silu; our decoder has neither: "
                          f"attention_bias={config.get('attention_bias')}, mlp_bias={config.get('mlp_bias')}, "
-                         f"hidden_act={config.get('hidden_act')!r}")
-    theta = config.get("rope_theta") or (config.get("rope_parameters") or {}).get("rope_theta", 10_000.0)
+                         f"hidden_act={config['hidden_act']!r}")
+    theta = config.get("rope_theta") or config.get("rope_parameters", {}).get("rope_theta", 10_000.0)
     heads = config["num_attention_heads"]
     mixture = None if kind == "granite" else Mixture(
         config["num_local_experts"], config["num_experts_per_tok"], balance=config.get("router_aux_loss_coef", 0.0),
         router_z=config.get("router_z_loss_coef", 0.0))
     model = Model(width=config["hidden_size"], depth=config["num_hidden_layers"], head_dim=config["hidden_size"] // heads,
-                  context=config["max_position_embeddings"], kv_heads=config.get("num_key_value_heads") or heads,
-                  ffn_width=config["intermediate_size"], tied=config.get("tie_word_embeddings", True), rope_theta=theta,
+                  context=config["max_position_embeddings"], kv_heads=config.get("num_key_value_heads", heads),
+                  ffn_width=config["intermediate_size"], tied=config["tie_word_embeddings"], rope_theta=theta,
                   norm_eps=config["rms_norm_eps"], mixture=mixture)
     by = Scalars(config["embedding_multiplier"], config["residual_multiplier"], config["attention_multiplier"],
                  config["logits_scaling"])

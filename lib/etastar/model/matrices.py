@@ -2,12 +2,11 @@
 
 A name's last word (before ".weight") decides: one with "embed" in it, wte and wpe are token tables; lm_head, head, output, unembed and
 embed_out outside numbered layers are heads; any other matrix is hidden, (out, in) as torch.nn.Linear has it. Three axes are matrices
-side by side (runs or experts), unless the name says conv. Our own fused parameters are cut into their matrices; how others lay theirs
-out is not in a file, so they count as one.
+side by side (runs or experts), unless the name says conv. Our own fused parameters and the experts of granitemoe are cut into their
+matrices; how others lay theirs out is not in a file, so they count as one.
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,7 +18,8 @@ from etastar.model.decoder import Decoder
 
 ROLES = ("embedding", "hidden", "output")
 HEADS = {"lm_head", "head", "output", "unembed", "unembedding", "embed_out"}
-PARTS = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up"), "experts_gate_up": ("gate", "up")}
+PARTS = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up"), "experts_gate_up": ("gate", "up"),
+         "block_sparse_moe.input_linear.weight": ("gate", "up")}
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -56,7 +56,7 @@ def matrices_of(x, role: str | None = None) -> Iterator[Found]:
         _refuse_others(x)
         return _some(_named({name: tuple(t.shape) for name, t in x.items()}, x.__getitem__), x)
     if isinstance(x, str | Path):
-        return _some(_of_files(Path(x)), x)
+        return _some(_of_files(Path(x).expanduser()), x)
     raise ValueError(f"operator norms are of a matrix, a stack, parameters by name, an nn.Module or a path to safetensors; got {_kind(x)}")
 
 
@@ -116,10 +116,10 @@ def role_by_name(name: str) -> str | None:
 
 
 def _parts(name: str, rows: int, columns: int) -> list[tuple[str, slice]]:
-    """The matrices in one of our parameters: queries are square, and keys and values share what rows are left."""
-    last = re.split(r"[./]", name)[-1]
-    first = {"qkv": columns, "gate_up": rows // 2, "experts_gate_up": rows // 2}.get(last, rows)
-    parts = PARTS.get(last, ("",))
+    """The matrices in one of the known parameters: queries are square, and keys and values share what rows are left."""
+    fused = next((fused for fused in PARTS if re.search(rf"(^|[./]){re.escape(fused)}$", name)), None)
+    parts = PARTS.get(fused, ("",))
+    first = {None: rows, "qkv": columns}.get(fused, rows // 2)
     if first == rows or (rows - first) % (len(parts) - 1):
         return [("", slice(0, rows))]
     rest = (rows - first) // (len(parts) - 1)
@@ -147,28 +147,8 @@ def _of_modules(module: torch.nn.Module) -> Iterator[Found]:
 
 def _of_files(path: Path) -> Iterator[Found]:
     """Of one safetensors file or a folder of them; a config.json beside them may say that the head is not tied."""
-    from safetensors import safe_open
+    from etastar.model.stored import StoredTensors, json_object
 
-    opened = {file: safe_open(file, framework="pt") for file in _files(path)}
-    where = {name: file for file, tensors in opened.items() for name in tensors.keys()}
-    shapes = {name: tuple(opened[file].get_slice(name).get_shape()) for name, file in where.items()}
-    config = (path if path.is_dir() else path.parent) / "config.json"
-    tied = json.loads(config.read_text()).get("tie_word_embeddings", True) if config.exists() else True
-    return _named(shapes, lambda name: opened[where[name]].get_tensor(name), tied)
-
-
-def _files(path: Path) -> list[Path]:
-    """The files of a model: those its index names, else model.safetensors, else all."""
-    if path.is_file():
-        return [path]
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        files = [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    else:
-        files = [path / "model.safetensors"] if (path / "model.safetensors").is_file() else sorted(path.glob("*.safetensors"))
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}, which its index names; fetch the whole checkpoint")
-    if not files:
-        raise ValueError(f"{path} is no safetensors file and no folder of any; give the folder of a checkpoint, or one of its files")
-    return files
+    stored, config = StoredTensors(path), (path if path.is_dir() else path.parent) / "config.json"
+    tied = json_object(config).get("tie_word_embeddings", True) if config.exists() else True
+    return _named(stored.shapes, stored.__getitem__, tied)

@@ -5,14 +5,16 @@ own: 1→RMS of a token table, whose map takes a token to its row, so that it is
 matrix; RMS→∞ of a head.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pandas as pd
 import torch
 
 from etastar.model.matrices import Found, matrices_of
-from etastar.model.spectral import blocks_of_rows, spectral_bracket
+from etastar.model.spectral import blocks_of_rows, eigenvalue_bracket, spectral_bracket
 
 Norm = Callable[[torch.Tensor], torch.Tensor]
 
@@ -93,24 +95,68 @@ def _rows(found: Found) -> list[dict]:
     told = {"name": found.name, "part": found.part}
     if found.tensor is None:
         return [told | {"slot": 0, "role": "other", "shape": found.shape} | dict.fromkeys(("norm", *_COLUMNS), math.nan)]
-    stored_SxOxI = found.tensor
-    if not bool(frobenius(stored_SxOxI).isfinite().all()):
+    sums = _read_once(found.tensor)
+    if not bool(sums.squares.isfinite().all()):
         raise ValueError(f"{found.label} has entries that are NaN or infinite, and so no norm; take the weights before it diverged")
-    bracket, rows = spectral_bracket(stored_SxOxI), []
+    square, rows = eigenvalue_bracket(sums.gram, max(found.shape)), []
     for role in found.roles:
-        norms = _norms(stored_SxOxI.mT if role == "embedding" else stored_SxOxI, bracket)
+        norms = _norms(sums.turned() if role == "embedding" else sums, square.low.sqrt(), square.high.sqrt())
         for slot, numbers in enumerate(zip(*(column.tolist() for column in norms.values()), strict=True)):
             row = dict(zip(norms, numbers, strict=True))
             rows.append(told | {"slot": slot, "role": role, "shape": found.shape, "norm": row[OWN_NORM[role]]} | row)
     return rows
 
 
-def _norms(w_SxOxI: torch.Tensor, bracket) -> dict[str, torch.Tensor]:
-    """All norms of maps whose spectral norm is known, each (S,)."""
-    error = torch.where(bracket.low > 0, bracket.high / bracket.low - 1, bracket.high)
-    return {"rms_to_inf": rms_to_inf(w_SxOxI), "rms_to_rms": bracket.low * _rms_over_spectral(w_SxOxI),
-            "one_to_rms": one_to_rms(w_SxOxI), "inf_to_inf": inf_to_inf(w_SxOxI), "spectral": bracket.low, "spectral_error": error,
-            "frobenius": frobenius(w_SxOxI), "rms": rms(w_SxOxI)}
+@dataclasses.dataclass(frozen=True)
+class _Sums:
+    """What all norms of maps (S, O, I) are made of, float64 (S,): the largest sum of squares and of absolute values in a row, the same in
+    a column, and the sum of all squares; and the Gram matrices of the shorter side, (S, n, n)."""
+
+    shape: tuple[int, int]
+    row_squares: torch.Tensor
+    row_sum: torch.Tensor
+    column_squares: torch.Tensor
+    column_sum: torch.Tensor
+    squares: torch.Tensor
+    gram: torch.Tensor
+
+    def turned(self) -> "_Sums":
+        """Those of the transposes."""
+        return _Sums(self.shape[::-1], self.column_squares, self.column_sum, self.row_squares, self.row_sum, self.squares, self.gram)
+
+
+def _read_once(w_SxOxI: torch.Tensor) -> _Sums:
+    """The sums of matrices in one pass over their entries, some rows (columns, where these are more) at a time."""
+    wide = w_SxOxI.shape[-2] < w_SxOxI.shape[-1]
+    row_squares, row_sum, column_sum_SxN, gram_SxNxN = [], [], 0, 0
+    for part_SxRxN in blocks_of_rows(w_SxOxI.mT if wide else w_SxOxI):
+        row_squares.append(part_SxRxN.square().sum(-1).amax(-1))
+        size_SxRxN = part_SxRxN.abs()
+        row_sum.append(size_SxRxN.sum(-1).amax(-1))
+        column_sum_SxN = column_sum_SxN + size_SxRxN.sum(-2)
+        gram_SxNxN = gram_SxNxN + _with_itself(part_SxRxN)
+    squares_SxN = gram_SxNxN.diagonal(dim1=-2, dim2=-1)
+    sums = _Sums(tuple(sorted(w_SxOxI.shape[-2:], reverse=True)), torch.stack(row_squares).amax(0), torch.stack(row_sum).amax(0),
+                 squares_SxN.amax(-1), column_sum_SxN.amax(-1), squares_SxN.sum(-1), gram_SxNxN)
+    return sums.turned() if wide else sums
+
+
+def _with_itself(w_SxRxN: torch.Tensor) -> torch.Tensor:
+    """wᵀ w (S, n, n). Of a product with itself numpy works out one half, and so takes about half of torch's time."""
+    if w_SxRxN.device.type != "cpu":
+        return w_SxRxN.mT @ w_SxRxN
+    each = w_SxRxN.numpy()
+    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is told by name, once
+        return torch.from_numpy(np.matmul(each.swapaxes(-1, -2), each))
+
+
+def _norms(sums: _Sums, low_S: torch.Tensor, high_S: torch.Tensor) -> dict[str, torch.Tensor]:
+    """All norms of maps whose spectral norm lies in `low` … `high`, each (S,)."""
+    out, into = sums.shape
+    return {"rms_to_inf": (into * sums.row_squares).sqrt(), "rms_to_rms": low_S * math.sqrt(into / out),
+            "one_to_rms": (sums.column_squares / out).sqrt(), "inf_to_inf": sums.row_sum, "spectral": low_S,
+            "spectral_error": torch.where(low_S > 0, high_S / low_S - 1, high_S),
+            "frobenius": sums.squares.sqrt(), "rms": (sums.squares / (out * into)).sqrt()}
 
 
 _COLUMNS = ("rms_to_inf", "rms_to_rms", "one_to_rms", "inf_to_inf", "spectral", "spectral_error", "frobenius", "rms")

@@ -1,5 +1,6 @@
 """Figures: pure functions from a frame to a matplotlib Figure, all in one style, plus `save`."""
 
+from etastar.plots.checkpoints import cloze_accuracy, norms_by_layer, printed_scores, window_losses
 from etastar.plots.common import UNITS, VERDICT_MARKS, loss_curves, lr_bowls, paired_differences, schedule_lines, verdict_forest
 from etastar.plots.cooldown import (
     averaging_spans,
@@ -24,10 +25,10 @@ from etastar.plots.tune import tuned
 
 __all__ = [
     "LINES", "LOSS", "MARKERS", "STYLE", "UNITS", "VERDICT_MARKS", "Drawing", "averaging_spans", "batch_exponents", "best_rates",
-    "drift_forest", "exponent_estimates", "head_to_head", "invariants", "law_costs", "law_lines", "law_map", "law_predictions",
-    "layer_groups", "length_lines", "local_slopes", "loss_by_norm", "loss_curves", "loss_on_line", "lr_bowls", "noise_levels",
-    "norm_growth", "norm_locations", "optimal_norm", "overshoot", "paired_differences", "pairing", "perplexity_lines",
-    "power_sensitivity", "prediction", "published_lengths", "published_shapes", "recommendation", "regret_by_ratio", "regrets",
-    "rule_exponents", "save", "scaling_bowls", "schedule_lines", "steadiness", "surfaces", "tuned", "valley_bowls", "valley_lines",
-    "verdict_forest",
+    "cloze_accuracy", "drift_forest", "exponent_estimates", "head_to_head", "invariants", "law_costs", "law_lines", "law_map",
+    "law_predictions", "layer_groups", "length_lines", "local_slopes", "loss_by_norm", "loss_curves", "loss_on_line", "lr_bowls",
+    "noise_levels", "norm_growth", "norm_locations", "norms_by_layer", "optimal_norm", "overshoot", "paired_differences", "pairing",
+    "perplexity_lines", "power_sensitivity", "prediction", "printed_scores", "published_lengths", "published_shapes", "recommendation",
+    "regret_by_ratio", "regrets", "rule_exponents", "save", "scaling_bowls", "schedule_lines", "steadiness", "surfaces", "tuned",
+    "valley_bowls", "valley_lines", "verdict_forest", "window_losses",
 ]

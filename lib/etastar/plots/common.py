@@ -27,6 +27,7 @@ UNITS = {  # axis label and the value that means no difference
     "ratio": ("ratio", 1),
     "exponent": ("exponent", None),
     "share": ("share", None),
+    "points": ("score (points)", None),
 }
 
 

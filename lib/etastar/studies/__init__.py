@@ -4,7 +4,8 @@ import importlib
 from types import ModuleType
 
 STUDIES = {"01_cosine_vs_wsd": "cosine_vs_wsd", "02_cooldown": "cooldown", "03_averaging": "averaging",
-           "04_power_laws": "power_laws", "05_norm_transfer": "norm_transfer", "06_mup_vs_fitting": "mup_vs_fitting"}
+           "04_power_laws": "power_laws", "05_norm_transfer": "norm_transfer", "06_mup_vs_fitting": "mup_vs_fitting",
+           "07_released_checkpoints": "released_checkpoints"}
 PRESETS = ("smoke", "cpu", "night", "gpu", "paper")
 
 
