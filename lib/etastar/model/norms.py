@@ -127,16 +127,17 @@ class _Sums:
 
 def _read_once(w_SxOxI: torch.Tensor) -> _Sums:
     """The sums of matrices in one pass over their entries, some rows (columns, where these are more) at a time."""
-    wide = w_SxOxI.shape[-2] < w_SxOxI.shape[-1]
-    row_squares, row_sum, column_sum_SxN, gram_SxNxN = [], [], 0, 0
+    (slots, out, into), wide = w_SxOxI.shape, w_SxOxI.shape[-2] < w_SxOxI.shape[-1]
+    column_sum_SxN = torch.zeros(slots, min(out, into), dtype=torch.float64, device=w_SxOxI.device)
+    gram_SxNxN, row_squares, row_sum = column_sum_SxN.new_zeros(slots, min(out, into), min(out, into)), [], []
     for part_SxRxN in blocks_of_rows(w_SxOxI.mT if wide else w_SxOxI):
         row_squares.append(part_SxRxN.square().sum(-1).amax(-1))
         size_SxRxN = part_SxRxN.abs()
         row_sum.append(size_SxRxN.sum(-1).amax(-1))
-        column_sum_SxN = column_sum_SxN + size_SxRxN.sum(-2)
-        gram_SxNxN = gram_SxNxN + _with_itself(part_SxRxN)
+        column_sum_SxN += size_SxRxN.sum(-2)
+        gram_SxNxN += _with_itself(part_SxRxN)
     squares_SxN = gram_SxNxN.diagonal(dim1=-2, dim2=-1)
-    sums = _Sums(tuple(sorted(w_SxOxI.shape[-2:], reverse=True)), torch.stack(row_squares).amax(0), torch.stack(row_sum).amax(0),
+    sums = _Sums((max(out, into), min(out, into)), torch.stack(row_squares).amax(0), torch.stack(row_sum).amax(0),
                  squares_SxN.amax(-1), column_sum_SxN.amax(-1), squares_SxN.sum(-1), gram_SxNxN)
     return sums.turned() if wide else sums
 
