@@ -25,7 +25,7 @@ from etastar.recipe import Model
 REFERENCE = "torch.linalg.matrix_norm"
 VOCAB, SHARD_BYTES, BLOCK = 49_152, 5e9, 2**22
 POWERLM = Model(width=2304, depth=40, head_dim=64, context=4096, ffn_width=9216)  # arXiv 2408.13359 Table 4
-SHAPES = {"PowerLM-3B": POWERLM, "PowerLM-3B, 2 layers": dataclasses.replace(POWERLM, depth=2)}
+SHAPES = {"PowerLM-3B": POWERLM, "PowerLM-3B-2-layers": dataclasses.replace(POWERLM, depth=2)}
 
 
 def rows(options) -> Iterator[dict]:

@@ -51,7 +51,8 @@ def test_the_lock_names_no_accelerator_package():
     assert [name for name in _locked() if name.startswith(("nvidia", "cuda", "triton"))] == []
 
 
-@pytest.mark.parametrize("text", [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]])
+@pytest.mark.parametrize("text", [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"],
+                                  *PROJECT["optional-dependencies"]["eval"]])
 def test_the_lock_satisfies_what_the_project_asks_for(text):
     wanted = Requirement(text)
     locked = _locked()
