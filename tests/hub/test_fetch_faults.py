@@ -182,7 +182,9 @@ def test_a_whole_checkpoint_is_found_where_nothing_can_be_written(hub, tmp_path,
 
 
 CHILD = """
+import signal
 import sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started with it ignored
 from huggingface_hub import constants
 from etastar.hub.checkpoints import fetch_checkpoint
 constants.DOWNLOAD_CHUNK_SIZE = 10_000
