@@ -54,6 +54,7 @@ report: $(STAMP) ## write the report of a preset's results again [PRESET=]
 bench: $(STAMP) ## speed and memory of this machine beside named references [BENCH=train|optimizer|fits|data|plan]
 	$(ETASTAR) bench $(BENCH)
 
-clean: ## remove caches, build products and results/; runs/ and .venv stay
-	rm -rf results build dist lib/*.egg-info .pytest_cache .ruff_cache .hypothesis
+clean: ## remove caches, build products and results/; runs/, kept evaluations and .venv stay
+	@test ! -d results || find results -mindepth 1 -maxdepth 1 ! -name evaluations -exec rm -rf {} +
+	rm -rf build dist lib/*.egg-info .pytest_cache .ruff_cache .hypothesis
 	find lib tests notebooks -name __pycache__ -prune -exec rm -rf {} + -o -name .ipynb_checkpoints -prune -exec rm -rf {} +
