@@ -22,6 +22,21 @@ def skip_if_not_fetched():
 
 
 @pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """Runs an `etastar` command in an empty folder: (exit status, standard output, standard error)."""
+    from etastar import cli
+
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words):
+        status = cli.main([str(w) for w in words])
+        told = capsys.readouterr()
+        return status, told.out, told.err
+
+    return call
+
+
+@pytest.fixture
 def make_notebook(tmp_path):
     """Writes a notebook of (kind, source) cells; a kind of "parameters" is a tagged code cell."""
 

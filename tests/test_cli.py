@@ -8,24 +8,16 @@ import pytest
 import torch
 
 import etastar as es
-from etastar import cli
 from etastar.studies import cosine_vs_wsd
 from tiny import BATCH, recipe, wsd
 
 
 @pytest.fixture
-def etastar(tmp_path, monkeypatch, capsys):
-    """Run a command in an empty folder: (exit status, standard output, standard error)."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*words):
-        status = cli.main([str(w) for w in words])
-        told = capsys.readouterr()
-        return status, told.out, told.err
-
+def etastar(command, tmp_path):
+    """A command, in a folder that has a small sweep."""
     (tmp_path / "sweep.json").write_text(json.dumps([json.loads(recipe(20, schedule=wsd(4)).to_json()),
                                                      json.loads(recipe(12).to_json())]))
-    return call
+    return command
 
 
 def test_plan_run_look_branch_export_and_clean_up(etastar, tmp_path):

@@ -5,23 +5,15 @@ import json
 import pandas as pd
 import pytest
 
-from etastar import cli
 from tiny import recipe
 
 
 @pytest.fixture
-def etastar(tmp_path, monkeypatch, capsys):
-    """Run a command in an empty folder without a network: (exit status, standard output, standard error)."""
-    monkeypatch.chdir(tmp_path)
+def etastar(command, tmp_path, monkeypatch):
+    """A command, without a network."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-    def call(*words):
-        status = cli.main([str(w) for w in words])
-        told = capsys.readouterr()
-        return status, told.out, told.err
-
-    return call
+    return command
 
 
 def test_a_run_is_exported_and_would_be_pushed_with_its_table(etastar, tmp_path):

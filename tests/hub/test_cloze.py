@@ -11,6 +11,7 @@ from etastar.hub.cloze import cloze_scores, write_cloze
 from etastar.model.decoder import Decoder
 from etastar.recipe import SP, Corpus, Model
 from etastar.text.corpora import prepare
+from small_texts import corpus_of
 
 MODEL = Model(width=32, depth=2, head_dim=16, context=24)
 WORDS = ["the", "nightingale", "sings", "naïve", "songs,", "über", "λ", "rivers", "and", "日本", "roads;", "of", "η*", "never", "'again'"]
@@ -19,13 +20,10 @@ WORDS = ["the", "nightingale", "sings", "naïve", "songs,", "über", "λ", "rive
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     """Two hundred texts of words that are drawn with all kinds of white space between, in a cache of the tests' own."""
-    folder, drawn = tmp_path_factory.mktemp("texts"), np.random.default_rng(0)
-    for i in range(200):
-        parts = [word + space for word, space in zip(drawn.choice(WORDS, 400), drawn.choice([" ", "\n", "  ", "\n\t"], 400), strict=True)]
-        (folder / f"{i}.txt").write_text("".join(parts), encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ETASTAR_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield Corpus(f"files:{folder}/*.txt", vocab=290)
+    drawn, spaces = np.random.default_rng(0), [" ", "\n", "  ", "\n\t"]
+    parts = (zip(drawn.choice(WORDS, 400), drawn.choice(spaces, 400), strict=True) for _ in range(200))
+    with corpus_of(("".join(word + space for word, space in some) for some in parts), tmp_path_factory) as made:
+        yield made
 
 
 def items_of(folder) -> list[dict]:

@@ -15,6 +15,7 @@ from etastar.model.decoder import Decoder
 from etastar.model.granite import granite_config, to_granite_state
 from etastar.recipe import SP, Corpus, Model
 from etastar.text.corpora import prepare
+from small_texts import corpus_of
 from tiny import recipe
 
 MODEL = Model(width=32, depth=2, head_dim=16, context=24)
@@ -24,12 +25,9 @@ WORDS = ["the", "nightingale", "sings", "naïve", "songs", "über", "λ", "river
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     """A corpus of two hundred short texts, some letters of which are two or three bytes long, and its cache in the test's own folder."""
-    folder, rng = tmp_path_factory.mktemp("texts"), np.random.default_rng(0)
-    for i in range(200):
-        (folder / f"{i}.txt").write_text(" ".join(rng.choice(WORDS, 50)), encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ETASTAR_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield Corpus(f"files:{folder}/*.txt", vocab=290)
+    rng = np.random.default_rng(0)
+    with corpus_of((" ".join(rng.choice(WORDS, 50)) for _ in range(200)), tmp_path_factory) as made:
+        yield made
 
 
 def decoder(vocab, seed=0) -> Decoder:

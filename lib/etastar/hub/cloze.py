@@ -51,9 +51,22 @@ def write_cloze(folder, corpus, items: int = 200, choices: int = 4, context_toke
     rows = _rows(tokens, corpus.source, items, choices, context_tokens, continuation_tokens, seed)
     folder = Path(folder).expanduser().absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / ITEMS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_items(folder, rows)
     (folder / f"{TASK}.yaml").write_text(YAML.format(task=TASK, items=json.dumps(str(folder / ITEMS))))
     return folder
+
+
+def write_items(folder: Path, items: list[dict]) -> None:
+    """Put items (document, context, choices, label) into a folder, one a line."""
+    (folder / ITEMS).write_text("".join(json.dumps(item) + "\n" for item in items))
+
+
+def read_items(folder) -> list[dict]:
+    """The items in a folder; ValueError where there are none."""
+    path = Path(folder).expanduser() / ITEMS
+    if not path.is_file():
+        raise ValueError(f"{folder} has no {ITEMS}; write_cloze makes it")
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @torch.no_grad()
@@ -67,10 +80,7 @@ def cloze_scores(decoder: Decoder, folder, tokenizer_path) -> pd.DataFrame:
     """
     from tokenizers import Tokenizer
 
-    path = Path(folder).expanduser() / ITEMS
-    if not path.is_file():
-        raise ValueError(f"{folder} has no {ITEMS}; write_cloze makes it")
-    items, tokenizer = [json.loads(line) for line in path.read_text().splitlines()], Tokenizer.from_file(str(tokenizer_path))
+    items, tokenizer = read_items(folder), Tokenizer.from_file(str(tokenizer_path))
     known = [len(tokenizer.encode(item["context"]).ids) for item in items for _ in item["choices"]]
     encoded = [tokenizer.encode(item["context"] + choice).ids for item in items for choice in item["choices"]]
     longest = max(map(len, encoded))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from etastar.hub.plan import PICKLED
 from etastar.model.decoder import Decoder
 from etastar.model.granite import from_granite_config, from_granite_state, to_granite_state
 from etastar.model.parametrization import Scalars
@@ -12,7 +13,6 @@ from etastar.model.stored import INDEX, WEIGHTS, StoredTensors, json_object, lis
 from etastar.recipe import SP, Model
 
 HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")  # may run what they please when they are opened, so they never are
 STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NEEDED = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 NEEDED_OF_MIXTURES = ("num_local_experts", "num_experts_per_tok")
@@ -100,7 +100,7 @@ class _Stored(StoredTensors):
 
 def _refuse_without_weights(folder: Path) -> None:
     if not (folder / WEIGHTS).is_file() and not (folder / INDEX).is_file():
-        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+        pickles = sorted(path.name for path in folder.iterdir() if path.name.endswith(PICKLED))
         why = f"; {', '.join(pickles[:3])} may be a pickle, which is never opened: take a revision that has safetensors" if pickles else ""
         raise ValueError(f"{folder} has neither {WEIGHTS} nor {INDEX}{why}")
 

@@ -12,7 +12,7 @@ from etastar.hub.released import HASH, Asked, find_asked
 from etastar.hub.settings import cache, endpoint, is_offline
 
 ALLOWED = ("*.safetensors", "*.json", "tokenizer.model", "merges.txt", "vocab.txt", "README*", "LICENSE*", "NOTICE*")
-PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
+PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")  # may run what they please when they are opened, so they never are
 BEGUN = (".cache", f"{RECORD}.part")  # what a fetch leaves that was killed before it wrote its record
 TIMEOUT_SECONDS = 20
 

@@ -21,7 +21,7 @@ from etastar.hub.scores import average, best_beside
 from etastar.recipe import Recipe
 from etastar.studies import measured as common
 from etastar.studies.released_design import ARMS, RELEASED, ReleasedDesign
-from etastar.studies.released_measures import CHANCE, Checkpoints, commands, downloads, measure_exports, printed_scores, seed_spread
+from etastar.studies.released_measures import CHANCE, Checkpoints, commands, downloads, measure_exports, printed_scores
 
 STUDY = "07_released_checkpoints"
 HAND = 1e-3  # points of accuracy: an item in the harness and by hand is the same item
@@ -152,9 +152,9 @@ def achieved_power(measured: Checkpoints) -> pd.DataFrame:
     """Of the cloze scores: the standard error over items beside that over seeds, which the items know nothing of."""
     rows = []
     for arm in ARMS:
-        spread, own = seed_spread(measured.cloze, arm), measured.cloze[(measured.cloze.arm == arm) & (measured.cloze.reader == "hand")]
+        own = measured.cloze[(measured.cloze.arm == arm) & (measured.cloze.reader == "hand")]
         rows.append({"arm": arm, "seeds": len(own), "accuracy": own.accuracy.mean(), "se_over_items": own.se.mean(),
-                     "sd_over_seeds": math.nan if spread is None else spread.se * math.sqrt(spread.n)})
+                     "sd_over_seeds": own.accuracy.std(ddof=1)})
     return pd.DataFrame(rows)
 
 

@@ -4,16 +4,14 @@ import contextlib
 import dataclasses
 import importlib.util
 import io
-import json
 import math
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
-from etastar.analysis.paired import Estimate
 from etastar.engine.run import Run
-from etastar.hub.cloze import cloze_scores, write_cloze
+from etastar.hub.checkpoints import find_fetched
+from etastar.hub.cloze import cloze_scores, read_items, write_cloze, write_items
 from etastar.hub.evaluate import evaluate
 from etastar.hub.evaluation import Evaluation, read_evaluation
 from etastar.hub.export import export
@@ -40,8 +38,7 @@ class Checkpoints:
     `table` has one row an export: arm, seed, run_id, folder, params, tokens, val_loss and what came back of it; `norms` the matrices of
     each arm's first seed; `windows` nats per token and bits per byte by stride; `cloze` the accuracy in points by arm, seed and reader:
     "hand" is our decoder alone, "harness" lm-evaluation-harness, "untrained" the run's own start, "placebo" has the starts of items
-    changed about. `rates` is what the Power law says; `evaluations` are by name of a model with printed scores; `given` is the name of a
-    checkpoint that was asked for besides, or empty.
+    changed about. `rates` is what the Power law says; `evaluations` are by name of a model with printed scores.
     """
 
     table: pd.DataFrame
@@ -50,7 +47,6 @@ class Checkpoints:
     cloze: pd.DataFrame
     rates: pd.DataFrame
     evaluations: dict[str, Evaluation]
-    given: str = ""
 
     def first(self, arm: str) -> pd.Series:
         """The export of an arm's first seed."""
@@ -60,24 +56,17 @@ class Checkpoints:
 def measure_exports(runs: list[Run], plan: ReleasedDesign, arm_of, folder, evaluations=None, checkpoint: str = "") -> Checkpoints:
     """Export finished runs below `folder` and measure what is there; `evaluations` is a folder of kept ones, `checkpoint` one more.
 
-    Raises ValueError, before anything is exported, for a checkpoint that is not here, and for a run that diverged.
+    Raises ValueError for a checkpoint that is not here, before anything is exported, and for a run that diverged.
     """
-    fetched = _fetched(checkpoint)
+    fetched = find_fetched(checkpoint) if checkpoint else None
     kept = read_kept(evaluations)
     runs = sorted(runs, key=lambda run: (list(ARMS).index(arm_of(run.recipe)), run.recipe.seed))
     folders = [export(run, Path(folder) / f"{arm_of(run.recipe)}-{run.recipe.seed}") for run in runs]
     table = pd.DataFrame([_row(run, arm_of(run.recipe), at) for run, at in zip(runs, folders, strict=True)])
-    firsts = [(run, at) for run, at in zip(runs, folders, strict=True) if run.recipe.seed == runs[0].recipe.seed]
-    named = {arm_of(run.recipe): (run, at) for run, at in firsts}
+    named = {arm_of(run.recipe): (run, at) for run, at in zip(runs, folders, strict=True) if run.recipe.seed == runs[0].recipe.seed}
     norms = pd.concat([_norms(arm, *pair) for arm, pair in named.items()] + ([_given_norms(checkpoint, fetched)] if fetched else []))
     cloze = _cloze(runs, folders, named, plan, arm_of, Path(folder) / "cloze")
-    return Checkpoints(table, norms.reset_index(drop=True), _windows(named), cloze, power_rates(table), kept, checkpoint)
-
-
-def _fetched(checkpoint: str) -> Path | None:
-    from etastar.hub.checkpoints import find_fetched
-
-    return find_fetched(checkpoint) if checkpoint else None
+    return Checkpoints(table, norms.reset_index(drop=True), _windows(named), cloze, power_rates(table), kept)
 
 
 def read_kept(folder) -> dict[str, Evaluation]:
@@ -165,10 +154,10 @@ def _cloze(runs, folders, named, plan: ReleasedDesign, arm_of, folder: Path) -> 
 
 def _placebo(task: Path, folder: Path) -> Path:
     """The same task, the start of every item taken from the next one: what is left tells the true continuation from no other."""
-    items = [json.loads(line) for line in (task / "items.jsonl").read_text().splitlines()]
+    items = read_items(task)
     turned = [item | {"context": after["context"]} for item, after in zip(items, items[1:] + items[:1], strict=True)]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in turned))
+    write_items(folder, turned)
     return folder
 
 
@@ -185,14 +174,6 @@ def _harness_accuracy(folder: Path, task: Path) -> dict:
         found = evaluate(folder, ["cloze"], task_folder=task).scores
     score = found[found.metric == "acc"].iloc[0]
     return {"accuracy": 100 * score.value, "se": 100 * score.se, "items": int(score["items"])}
-
-
-def seed_spread(cloze: pd.DataFrame, arm: str) -> Estimate | None:
-    """The mean accuracy of an arm with the standard error over seeds; None for one seed."""
-    own = cloze[(cloze.arm == arm) & (cloze.reader == "hand")].accuracy.to_numpy()
-    if len(own) < 2:
-        return None
-    return Estimate(float(own.mean()), float(own.std(ddof=1) / np.sqrt(len(own))), len(own) - 1, len(own), "points")
 
 
 # -- what the notebook tells of the released ones ----------------------------------------------------------------------
